@@ -1,0 +1,16 @@
+"""Softmax cross-entropy for JAX: exact to the last digits, with every option, fast and memory-lean."""
+
+from jaxce.compose import CrossEntropyAux
+from jaxce.probs import cross_entropy_from_probs
+from jaxce.softmax import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+from jaxce.targets import SparseTargets
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropyAux",
+    "SparseTargets",
+    "cross_entropy_from_probs",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
+]

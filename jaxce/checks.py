@@ -1,0 +1,148 @@
+"""Argument checks, made while tracing, and every message they give: name, what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def fail(kind: type[Exception], name: str, expected: str, got: str, hint: str = "") -> NoReturn:
+    raise kind(f"{name}: expected {expected}; got {got}." + (f" {hint}" if hint else ""))
+
+
+def describe(x: Any) -> str:
+    return f"{jnp.result_type(x)} of shape {jnp.shape(x)}"
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray, np.generic, Real))
+
+
+def float_array(name: str, x: Any) -> jax.Array:
+    """`x` as a JAX array of floats with at least one axis."""
+    if not is_array(x):
+        fail(TypeError, name, "an array of floats", type(x).__name__, f"Convert it with jnp.asarray({name}).")
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        fail(TypeError, name, "an array of floats", describe(x), f"Convert it with {name}.astype(jnp.float32).")
+    if x.ndim == 0:
+        fail(ValueError, name, "at least one axis, the classes", describe(x))
+    return x
+
+
+def class_axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """`axis` (an int, a tuple of ints, or None for all) as non-negative ints, in the order given."""
+    if axis is None:
+        return tuple(range(ndim))
+    given = axis if isinstance(axis, tuple) else (axis,)
+    if not given or not all(isinstance(a, (int, np.integer)) and not isinstance(a, bool) for a in given):
+        fail(TypeError, "axis", "an int or a tuple of ints", repr(axis))
+    if not all(-ndim <= a < ndim for a in given):
+        fail(ValueError, "axis", f"numbers from {-ndim} to {ndim - 1} for logits with {ndim} axes", repr(axis))
+    axes = tuple(int(a) % ndim for a in given)
+    if len(set(axes)) != len(axes):
+        fail(ValueError, "axis", "axes that differ", repr(axis))
+    return axes
+
+
+def num_classes(size: int) -> None:
+    if size == 0:
+        fail(ValueError, "logits", "at least one class", "a class axis of length 0")
+
+
+def indices(name: str, x: jax.Array, batch: tuple[int, ...], full: tuple[int, ...], sparse: bool = False) -> None:
+    shape = (*batch, x.shape[-1]) if sparse and x.ndim else batch
+    if x.shape == shape and not (sparse and x.shape[-1:] == (0,)):
+        return
+    hint = ""
+    if x.shape == full and not sparse:
+        hint = "If these are one-hot labels, make them floats: targets.astype(logits.dtype)."
+    elif math.prod(x.shape) == math.prod(batch):
+        hint = f"Labels are never broadcast; reshape them: {name}.reshape({batch})."
+    what = f"the batch shape {batch} and one more axis, the K >= 1 entries" if sparse else (
+        f"shape {batch}, the shape of logits without the class axis")
+    fail(ValueError, name, what, describe(x), hint)
+
+
+def probabilities(name: str, x: jax.Array, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        hint = "Probabilities are never broadcast; class indices must have an integer dtype."
+        fail(ValueError, name, f"shape {shape}", describe(x), hint)
+
+
+def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: Sequence[int]) -> jax.Array:
+    """`where`, with as many axes as the logits. A mask of the batch shape (optax) takes whole examples out."""
+    if not is_array(mask) or jnp.result_type(mask) != jnp.bool_:
+        got = describe(mask) if is_array(mask) else type(mask).__name__
+        fail(TypeError, "where", "an array of bools", got, "Convert it with where.astype(bool).")
+    mask = jnp.asarray(mask)
+    as_classes = broadcastable(mask.shape, full)
+    as_examples = mask.shape == batch and mask.ndim < len(full)
+    if as_classes and as_examples and max(mask.shape, default=1) > 1:
+        fail(ValueError, "where", "a mask that can be read in one way", f"shape {mask.shape} for logits of shape {full}",
+             "Give it as many axes as logits: where[None, :] for classes, where[:, None] for examples.")
+    if as_classes:
+        return mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
+    if as_examples:
+        return jnp.expand_dims(mask, tuple(axes))
+    fail(ValueError, "where", f"a shape that broadcasts to that of logits, {full}, or the batch shape {batch}",
+         describe(mask))
+
+
+def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
+    if not is_array(x):
+        fail(TypeError, "weights", "an array of numbers", type(x).__name__, "Convert it with jnp.asarray(weights).")
+    if not broadcastable(jnp.shape(x), batch):
+        fail(ValueError, "weights", f"a shape that broadcasts to the batch shape {batch}, one weight per example",
+             describe(x), "Weights per class go into class_weights.")
+    return jnp.asarray(x)
+
+
+def class_weights(x: Any, size: int) -> jax.Array:
+    if not is_array(x):
+        fail(TypeError, "class_weights", "an array of numbers", type(x).__name__,
+             "Convert it with jnp.asarray(class_weights).")
+    if jnp.shape(x) != (size,):
+        fail(ValueError, "class_weights", f"shape ({size},), one weight per class", describe(x),
+             "Weights per example go into weights.")
+    return jnp.asarray(x)
+
+
+def scalar(name: str, x: Any, low: float, high: float) -> None:
+    """A number or a scalar array; Python and NumPy numbers must lie in [low, high]."""
+    if not is_array(x) or isinstance(x, bool) or jnp.result_type(x) == jnp.bool_:
+        fail(TypeError, name, "a number", repr(x))
+    if jnp.shape(x) != ():
+        fail(ValueError, name, "one number", describe(x))
+    if isinstance(x, (Real, np.generic, np.ndarray)) and not low <= float(x) <= high:
+        bounds = f"between {low:g} and {high:g}" if math.isfinite(high) else f">= {low:g}"
+        fail(ValueError, name, f"a number {bounds}", repr(x))
+
+
+def softcap(x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, Real):
+        fail(TypeError, "logit_softcap", "None or a Python number", repr(x) if is_array(x) else type(x).__name__,
+             "It is a constant of the compiled program.")
+    if not 0 < x < math.inf:
+        fail(ValueError, "logit_softcap", "a number > 0", repr(x), "None means no cap.")
+
+
+def integer(name: str, x: Any) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
+        fail(TypeError, name, "a Python int", repr(x))
+
+
+def one_of(name: str, x: Any, choices: Sequence[Any]) -> None:
+    if not any(x is c or (isinstance(x, str) and x == c) for c in choices):
+        fail(ValueError, name, "one of " + ", ".join(map(repr, choices)), repr(x))
+
+
+def broadcastable(shape: Sequence[int], to: Sequence[int]) -> bool:
+    """Whether `shape` broadcasts to exactly `to`."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))

@@ -1,0 +1,234 @@
+"""From the terms of each row to the loss: targets, class weights, smoothing, z-loss, example weights, reduction.
+
+Plain differentiable JAX on per-row numbers, shared by every implementation, so that each option is written once and
+its gradient follows by itself. What makes this delicate is what must *not* count: an ignored example, or one of
+weight 0, may hold NaN, and 0·NaN is NaN in the loss and again in the gradient. Such terms are replaced before they
+are used, never multiplied away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxce import checks
+from jaxce.stats import Terms, times, working_dtype
+from jaxce.targets import Targets, class_weight_at, entry_probs, nan_where_unknown
+
+REDUCTIONS = ("none", "sum", "mean", "mean_count")
+IMPLEMENTATIONS = ("xla", "autodiff")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that are constants of the compiled program."""
+
+    label_smoothing: bool = False  # whether there is any: its amount is an array
+    z_loss: bool = False
+    logit_softcap: float | None = None
+    ignore_index: int | None = None
+    reduction: str = "none"
+    return_aux: bool = False
+    implementation: str = "xla"
+
+
+class Amounts(NamedTuple):
+    """The options that are arrays: they may be traced and differentiated."""
+
+    weights: Array | None = None
+    class_weights: Array | None = None
+    label_smoothing: Array | None = None
+    z_loss: Array | None = None
+
+
+def checked_options(
+    targets: Targets,
+    batch: tuple[int, ...],
+    num_classes: int,
+    dtype: DTypeLike,
+    *,
+    weights: Any = None,
+    class_weights: Any = None,
+    label_smoothing: Any = 0.0,
+    ignore_index: int | None = None,
+    z_loss: Any = 0.0,
+    logit_softcap: float | None = None,
+    reduction: str = "none",
+    axis_name: Any = None,
+    return_aux: bool = False,
+    implementation: str | None = None,
+) -> tuple[Options, Amounts]:
+    """Checks the options of a public loss and parts them into constants and arrays of the working dtype."""
+    checks.scalar("label_smoothing", label_smoothing, 0, 1)
+    checks.scalar("z_loss", z_loss, 0, math.inf)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.one_of("implementation", implementation, (None, *IMPLEMENTATIONS))
+    checks.one_of("return_aux", return_aux, (False, True))
+    if axis_name is not None:
+        raise NotImplementedError("axis_name: a class axis split over devices is not supported yet; leave it None.")
+    if logit_softcap is not None:
+        checks.softcap(logit_softcap)
+    if ignore_index is not None:
+        checks.integer("ignore_index", ignore_index)
+        if targets.indices is None:
+            checks.fail(
+                ValueError,
+                "ignore_index",
+                "None for probability targets",
+                repr(ignore_index),
+                "Give the examples to leave out weight 0: weights=mask.",
+            )
+    dtype = working_dtype(dtype)
+    options = Options(
+        label_smoothing=not _is_zero(label_smoothing),
+        z_loss=not _is_zero(z_loss),
+        logit_softcap=None if logit_softcap is None else float(logit_softcap),
+        ignore_index=None if ignore_index is None else int(ignore_index),
+        reduction=reduction,
+        return_aux=return_aux,
+        implementation=implementation or "xla",
+    )
+    amounts = Amounts(
+        weights=None if weights is None else checks.example_weights(weights, batch).astype(dtype),
+        class_weights=None if class_weights is None else checks.class_weights(class_weights, num_classes).astype(dtype),
+        label_smoothing=jnp.asarray(label_smoothing, dtype) if options.label_smoothing else None,
+        z_loss=jnp.asarray(z_loss, dtype) if options.z_loss else None,
+    )
+    return options, amounts
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, (int, float)) and x == 0
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["nll", "log_normalizer", "entropy", "prediction", "weight"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class CrossEntropyAux:
+    """What `return_aux=True` returns beside the loss: five arrays of the batch shape, whatever the reduction.
+
+    All but `prediction` are in the working dtype. `nll`, `log_normalizer` and `entropy` are differentiable, alone or
+    together with the loss.
+
+    Attributes:
+      nll: −Σ_c t_c log p_c of the targets as given: without smoothing, weights or z-loss; 0 for ignored examples.
+      log_normalizer: logsumexp of the logits.
+      entropy: −Σ_c p_c log p_c of the predicted distribution, in nats.
+      prediction: int32, the class with the largest logit (the first of equals).
+      weight: the weight the example was given: `weights` times its class weight; 0 for ignored examples. `"mean"`
+        divides by the sum of these.
+    """
+
+    nll: Array
+    log_normalizer: Array
+    entropy: Array
+    prediction: Array
+    weight: Array
+
+
+def compose(
+    terms: Terms,
+    targets: Targets,
+    num_classes: int,
+    amounts: Amounts,
+    options: Options,
+    *,
+    participating: Array | None = None,
+    unweighted: Array | None = None,
+    prediction: Array | None = None,
+) -> Array | tuple[Array, CrossEntropyAux]:
+    """The loss, and the aux record if asked for.
+
+    Args:
+      terms: per row; `terms.target` and `terms.smoothing` of probability targets hold the class weights already.
+      participating: how many classes take part in each row, if not all do. A row without any does not count.
+      unweighted: `terms.target` of probability targets without class weights, where that differs.
+      prediction: argmax of each row, needed for the aux record.
+    """
+    dtype, batch = terms.log_normalizer.dtype, terms.log_normalizer.shape
+    probs = None if targets.indices is None else entry_probs(targets, options.ignore_index)
+    weights = jnp.ones(batch, dtype) if amounts.weights is None else jnp.broadcast_to(amounts.weights, batch)
+    counted = counted_examples(targets, batch, options, participating)
+    unused = ~counted | (weights == 0)
+    terms = jax.tree.map(lambda x: _zero_if_not_finite(x, unused), terms)
+
+    if targets.indices is None:
+        target = terms.target
+        nll = target if unweighted is None else _zero_if_not_finite(unweighted, unused)
+        class_weight = _mean_class_weight(targets, amounts.class_weights)
+    else:
+        idle = unused[..., None] if probs is None else unused[..., None] | (probs == 0)
+        surprise = terms.target * nan_where_unknown(targets.indices, num_classes, idle).astype(dtype)
+        probs = jnp.ones_like(surprise) if probs is None else probs.astype(dtype)
+        nll = jnp.sum(times(probs, surprise), -1)
+        if amounts.class_weights is None:
+            target, class_weight = nll, jnp.ones(batch, dtype)
+        else:
+            entries = times(class_weight_at(amounts.class_weights, targets.indices), probs)
+            target, class_weight = jnp.sum(times(entries, surprise), -1), jnp.sum(entries, -1)
+
+    loss = target
+    if options.label_smoothing:
+        share = amounts.label_smoothing / _class_count(participating, num_classes, dtype)
+        loss = times(1 - amounts.label_smoothing, target) + times(share, terms.smoothing)
+    if options.z_loss:
+        loss = loss + times(amounts.z_loss, terms.log_normalizer * terms.log_normalizer)
+    zero = jnp.zeros_like(loss)
+    loss = jnp.where(counted, weights * loss, zero)
+    weight = jnp.where(counted, weights * class_weight, zero)
+    reduced = reduce(loss, weight, counted, options.reduction)
+    if not options.return_aux:
+        return reduced
+    nll = jnp.where(counted, nll, zero)
+    return reduced, CrossEntropyAux(nll, terms.log_normalizer, terms.entropy, prediction, weight)
+
+
+def counted_examples(
+    targets: Targets, batch: tuple[int, ...], options: Options, participating: Array | None = None
+) -> Array:
+    """Which examples count: those not ignored, with a class that takes part."""
+    counted = jnp.ones(batch, jnp.bool_) if participating is None else participating > 0
+    if options.ignore_index is not None:
+        counted &= jnp.any(targets.indices != options.ignore_index, -1)
+    return counted
+
+
+def reduce(loss: Array, weight: Array, counted: Array, reduction: str) -> Array:
+    """The four reductions. A mean over nothing is 0, with gradient 0."""
+    if reduction == "none":
+        return loss
+    total = jnp.sum(loss)
+    if reduction == "sum":
+        return total
+    divisor = jnp.sum(weight) if reduction == "mean" else jnp.sum(counted.astype(loss.dtype))
+    nothing = divisor == 0
+    return jnp.where(nothing, 0, total / jnp.where(nothing, 1, divisor))
+
+
+def _zero_if_not_finite(x: Array, unused: Array) -> Array:
+    unused = jnp.broadcast_to(unused.reshape(unused.shape + (1,) * (x.ndim - unused.ndim)), x.shape)
+    return jnp.where(unused & ~jnp.isfinite(x), jnp.zeros_like(x), x)
+
+
+def _mean_class_weight(targets: Targets, class_weights: Array | None) -> Array:
+    """Σ_c w_c t_c, the class weight of an example with probability targets: w_y if they are one-hot."""
+    batch = targets.probs.shape[:-1]
+    if class_weights is None:
+        return jnp.ones(batch, targets.probs.dtype)
+    return jnp.sum(targets.probs * jnp.broadcast_to(class_weights, targets.probs.shape), -1)
+
+
+def _class_count(participating: Array | None, num_classes: int, dtype: jnp.dtype) -> Array:
+    if participating is None:
+        return jnp.asarray(num_classes, dtype)
+    return jnp.maximum(participating, 1).astype(dtype)

@@ -1,0 +1,112 @@
+"""Cross-entropy of probabilities: for models that end in a softmax, or predictions that never had logits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxce import checks
+from jaxce.compose import Amounts, Options, checked_options, compose, counted_examples
+from jaxce.layout import classes_last
+from jaxce.stats import Terms, pick, times, working_dtype
+from jaxce.targets import Targets, entry_probs, sort_by_kind
+
+
+def cross_entropy_from_probs(
+    probs: Any,
+    targets: Any,
+    axis: int | tuple[int, ...] | None = -1,
+    *,
+    weights: Any = None,
+    class_weights: Any = None,
+    label_smoothing: Any = 0.0,
+    ignore_index: int | None = None,
+    reduction: str = "none",
+) -> Array:
+    r"""Cross-entropy between predicted probabilities and targets.
+
+    .. math:: \ell = -\sum_c w_c\, t'_c \log p_c, \qquad t' = (1-\varepsilon)\,t + \varepsilon/V
+
+    If you have logits, use `softmax_cross_entropy`: a probability near 1 has already lost the digits of its loss, and
+    one that has underflowed to 0 has an infinite loss. The probabilities are taken as they are, neither rescaled to
+    sum to 1 nor clipped.
+
+    Args:
+      probs: floats `[..., V]` between 0 and 1; the class axis may be anywhere, see `axis`.
+      targets: class indices, probabilities or `jaxce.SparseTargets`, as for `softmax_cross_entropy`.
+      axis, weights, class_weights, label_smoothing, ignore_index, reduction: as for `softmax_cross_entropy`.
+
+    Returns:
+      The loss in nats, float64 for float64 probabilities and float32 for all others. A target on a class of
+      probability 0 gives +inf; a target probability of 0 contributes 0 there. A probability that is NaN, negative
+      or above 1 gives NaN, and so does a label outside 0..V-1.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype, shape or range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> probs = jnp.array([0.1, 0.5, 0.1, 0.1, 0.2])
+      >>> print(jaxce.cross_entropy_from_probs(probs, jnp.array(0)))
+      2.3025851
+
+    Note:
+      Kullback and Leibler (1951); the same loss as `keras.losses.CategoricalCrossentropy` without its clipping at 1e-7.
+    """
+    probs = checks.float_array("probs", probs)
+    axes = checks.class_axes(axis, probs.ndim)
+    batch = tuple(n for i, n in enumerate(probs.shape) if i not in axes)
+    num_classes = math.prod(probs.shape[i] for i in axes)
+    checks.num_classes(num_classes)
+    by_kind = sort_by_kind(targets, batch, probs.shape)
+    options, amounts = checked_options(
+        by_kind,
+        batch,
+        num_classes,
+        probs.dtype,
+        weights=weights,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return _loss(probs, by_kind, amounts, axes=axes, options=options)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "options"))
+def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...], options: Options) -> Array:
+    p, targets, _ = classes_last(p, targets, None, axes)
+    dtype = working_dtype(p.dtype)
+    p = p.astype(dtype)
+    slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
+    p = jnp.where(p <= 1 + slack, p, jnp.nan)
+    batch = p.shape[:-1]
+    unused = ~counted_examples(targets, batch, options)
+    if amounts.weights is not None:
+        unused |= jnp.broadcast_to(amounts.weights, batch) == 0
+
+    if targets.indices is not None:
+        entries = entry_probs(targets, options.ignore_index)
+        idle = jnp.zeros(targets.indices.shape, jnp.bool_) if entries is None else entries == 0
+        target = _surprise(pick(p, targets.indices), idle | unused[..., None])
+    else:
+        t = targets.probs
+        if amounts.class_weights is not None:
+            t = t * jnp.broadcast_to(amounts.class_weights, t.shape)
+        target = jnp.sum(times(t, _surprise(p, (t == 0) | unused[..., None])), -1)
+    smoothing = None
+    if options.label_smoothing:
+        v = jnp.ones_like(p) if amounts.class_weights is None else jnp.broadcast_to(amounts.class_weights, p.shape)
+        smoothing = jnp.sum(times(v, _surprise(p, (v == 0) | unused[..., None])), -1)
+    terms = Terms(jnp.zeros(batch, dtype), target, smoothing)
+    return compose(terms, targets, p.shape[-1], amounts, options)
+
+
+def _surprise(p: Array, idle: Array) -> Array:
+    """−log p; where it is multiplied by 0 and p has no logarithm, 0 with derivative 0."""
+    return -jnp.log(jnp.where(idle & ~(p > 0), 1, p))

@@ -1,0 +1,341 @@
+"""Softmax cross-entropy on logits: the public functions, and the primitive whose backward rule they share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxce import autodiff, checks
+from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose
+from jaxce.layout import class_count, classes_last
+from jaxce.stats import (
+    RowStats,
+    Spec,
+    Terms,
+    exponentials,
+    finish,
+    put,
+    row_stats,
+    smoothing_distribution,
+    times,
+)
+from jaxce.targets import Targets, sort_by_kind
+
+
+def softmax_cross_entropy(
+    logits: Any,
+    targets: Any,
+    axis: int | tuple[int, ...] | None = -1,
+    where: Any = None,
+    *,
+    weights: Any = None,
+    class_weights: Any = None,
+    label_smoothing: Any = 0.0,
+    ignore_index: int | None = None,
+    z_loss: Any = 0.0,
+    logit_softcap: float | None = None,
+    reduction: str = "none",
+    axis_name: Any = None,
+    return_aux: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, CrossEntropyAux]:
+    r"""Softmax cross-entropy between logits and class indices, probabilities or sparse probabilities.
+
+    For logits :math:`z`, target :math:`t` and smoothing :math:`\varepsilon`, with
+    :math:`t' = (1-\varepsilon)\,t + \varepsilon/V` and class weights :math:`w`, the loss of one example is
+
+    .. math::
+        \ell = \sum_c w_c\, t'_c\, (\operatorname{lse}(z) - z_c) + \lambda \operatorname{lse}(z)^2,
+        \qquad \operatorname{lse}(z) = \log \sum_c e^{z_c}
+
+    computed relative to the largest logit, so that a common offset changes no digit of it and a small loss keeps all
+    of its digits. The gradient for an index target is :math:`p_c` for the other classes and minus their sum for the
+    target, never :math:`p_y - 1`.
+
+    Args:
+      logits: float16, bfloat16, float32 or float64, `[..., V]`; the class axis may be anywhere, see `axis`. −inf means
+        probability 0.
+      targets: integers of the batch shape `[...]` (the shape of logits without the class axis), from 0 to V-1;
+        or floats of exactly the shape of logits, probabilities that sum to 1 along the class axis; or
+        `jaxce.SparseTargets`. They are never broadcast.
+      axis: the class axis. A tuple of axes makes them one class axis, row-major (index targets are then flat indices);
+        None means all axes.
+      where: bools that broadcast to the shape of logits: the classes that take part. The others get no probability and
+        no gradient and are not counted in V; a target on one makes the loss +inf. Of the batch shape: the
+        examples that take part.
+      weights: numbers that broadcast to the batch shape, one weight per example.
+      class_weights: `[V]`, a weight per class, as in torch.
+      label_smoothing: ε in [0, 1].
+      ignore_index: examples with this label count for nothing, whatever their logits hold. Any integer.
+      z_loss: λ >= 0, the coefficient of lse(z)².
+      logit_softcap: a Python number c > 0: the logits become c·tanh(logits/c) (before `where`).
+      reduction: `"none"`: the batch shape. `"sum"`. `"mean"`: the sum divided by the sum of the weights that were
+        applied (`weights` times the class weight of the target). `"mean_count"`: the sum divided by the number of
+        examples that are not ignored. A mean over nothing is 0, with gradient 0.
+      axis_name: not supported yet.
+      return_aux: also return a `jaxce.CrossEntropyAux`.
+      implementation: `"xla"` (the default) has a hand-written reverse-mode rule, which itself can be differentiated;
+        `"autodiff"` is the same loss in plain JAX, for forward mode (jvp, jacfwd, linearize).
+
+    Returns:
+      The loss in nats, float64 for float64 logits and float32 for all others; with `return_aux`, `(loss, aux)`.
+      A label outside 0..V-1, a NaN logit, or a row of nothing but −inf gives NaN and a NaN gradient row (under
+      `jax.experimental.checkify`, such a label is an error). Examples that are ignored or have weight 0 give exactly 0
+      and gradient exactly 0, even if their logits are NaN.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype, shape or range; the message says what to do.
+      NotImplementedError: `axis_name` is given.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> logits = jnp.array([[1.2, -0.8, -0.5], [0.9, -1.2, 1.1]])
+      >>> labels = jnp.array([0, 1])
+      >>> print(jaxce.softmax_cross_entropy(logits, labels))
+      [0.27607608 2.951799  ]
+      >>> print(jaxce.softmax_cross_entropy(logits, labels, label_smoothing=0.1, reduction="mean"))
+      1.657271
+
+    Note:
+      Label smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7.
+      z-loss: Zoph et al., "ST-MoE", 2022, equation 5, applied to the output logits as in PaLM (2022), section 5.
+      Soft cap: Gemma 2 (2024), section 2.
+    """
+    logits = checks.float_array("logits", logits)
+    axes = checks.class_axes(axis, logits.ndim)
+    batch = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
+    num_classes = math.prod(logits.shape[i] for i in axes)
+    checks.num_classes(num_classes)
+    by_kind = sort_by_kind(targets, batch, logits.shape)
+    if where is not None:
+        where = checks.where_mask(where, logits.shape, batch, axes)
+    options, amounts = checked_options(
+        by_kind,
+        batch,
+        num_classes,
+        logits.dtype,
+        weights=weights,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        reduction=reduction,
+        axis_name=axis_name,
+        return_aux=return_aux,
+        implementation=implementation,
+    )
+    return _loss(logits, by_kind, where, amounts, axes=axes, options=options)
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: Any, labels: Any, axis: int | tuple[int, ...] = -1, where: Any = None
+) -> Array:
+    r"""Softmax cross-entropy between logits and class indices, under optax's name and with its arguments.
+
+    .. math:: \ell = \operatorname{lse}(z) - z_y
+
+    Args:
+      logits: floats `[..., V]`; the class axis may be anywhere, see `axis`.
+      labels: integers of the batch shape, from 0 to V-1.
+      axis: the class axis, or a tuple of axes that hold the classes row-major.
+      where: the classes (or, of the batch shape, the examples) that take part.
+
+    Returns:
+      The loss in nats, of the batch shape; float64 for float64 logits, float32 for all others.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype, shape or range.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> print(jaxce.softmax_cross_entropy_with_integer_labels(jnp.array([[0.0, -20.0]]), jnp.array([0])))
+      [2.0611537e-09]
+
+    Note:
+      `optax.losses.softmax_cross_entropy_with_integer_labels`. `jaxce.softmax_cross_entropy` takes the same labels
+      and has the options.
+    """
+    if not checks.is_array(labels) or not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        got = checks.describe(labels) if checks.is_array(labels) else type(labels).__name__
+        checks.fail(
+            TypeError,
+            "labels",
+            "an array of integers, class indices",
+            got,
+            "Probabilities go to jaxce.softmax_cross_entropy.",
+        )
+    return softmax_cross_entropy(logits, labels, axis, where)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "options"))
+def _loss(
+    logits: Array, targets: Targets, where: Array | None, amounts: Amounts, *, axes: tuple[int, ...], options: Options
+) -> Array | tuple[Array, CrossEntropyAux]:
+    logits, targets, where = classes_last(logits, targets, where, axes)
+    num_classes = logits.shape[-1]
+    terms_of = autodiff.terms if options.implementation == "autodiff" else softmax_terms
+    spec = Spec(options.logit_softcap, options.label_smoothing, options.return_aux)
+    probs = targets.probs if targets.indices is None else None
+    weighted = probs
+    if probs is not None and amounts.class_weights is not None:
+        weighted = probs * jnp.broadcast_to(amounts.class_weights, probs.shape)
+    terms = terms_of(spec, logits, targets.indices, weighted, amounts.class_weights, where)
+    unweighted = prediction = None
+    if options.return_aux:
+        if weighted is not probs:
+            unweighted = terms_of(Spec(options.logit_softcap), logits, None, probs, None, where).target
+        prediction = jnp.argmax(_effective(Spec(), logits, where), -1).astype(jnp.int32)
+    return compose(
+        terms,
+        targets,
+        num_classes,
+        amounts,
+        options,
+        participating=class_count(where, logits.shape),
+        unweighted=unweighted,
+        prediction=prediction,
+    )
+
+
+# --- the primitive --------------------------------------------------------------------------------------------------
+
+
+class _Residuals(NamedTuple):
+    logits: Array
+    indices: Array | None
+    probs: Array | None
+    smoothing_weights: Array | None
+    where: Array | None
+    stats: RowStats
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def softmax_terms(
+    spec: Spec,
+    logits: Array,
+    indices: Array | None,
+    probs: Array | None,
+    smoothing_weights: Array | None,
+    where: Array | None,
+) -> Terms:
+    """The terms of each row of `logits [..., V]`, for targets `indices [..., K]` or `probs [..., V]`.
+
+    Differentiable in logits, probs and smoothing_weights. The residuals are the logits themselves and per-row numbers.
+    """
+    return _terms_fwd(spec, logits, indices, probs, smoothing_weights, where)[0]
+
+
+def _effective(spec: Spec, logits: Array, where: Array | None) -> Array:
+    """The logits that the softmax sees: capped, then masked. Without either they keep their dtype."""
+    if spec.logit_softcap is not None:
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
+    return logits if where is None else jnp.where(where, logits, -jnp.inf)
+
+
+def _terms_fwd(spec, logits, indices, probs, smoothing_weights, where):
+    stats = row_stats(_effective(spec, logits, where), spec, indices, probs, smoothing_weights, where)
+    return finish(stats), _Residuals(logits, indices, probs, smoothing_weights, where, stats)
+
+
+def _terms_bwd(spec: Spec, res: _Residuals, ct: Terms):
+    """With p = softmax(z): d/dz_j = a·p_j + h·p_j·(max − z_j) − τ_j − σ_j, and the exact form at index targets.
+
+    a gathers whatever multiplies p in a row: the cotangents of the log-normalizer, of the target and smoothing terms
+    (times the mass of their distributions) and −h times the mean of max − z; h is the cotangent of the entropy;
+    τ and σ are target and smoothing distribution times their cotangents.
+    """
+    stats = res.stats
+    dtype = stats.rest.dtype
+    # A row that is not finite gives NaN, unless nothing depends on it: then it gives 0, which takes finite numbers.
+    dead = ~(jnp.isfinite(stats.max) & jnp.isfinite(stats.rest)) & ~_any_used(ct)
+
+    def alive(x: Array) -> Array:
+        return jnp.where(dead.reshape(dead.shape + (1,) * (x.ndim - dead.ndim)), jnp.zeros_like(x), x)
+
+    z = _effective(spec, res.logits, res.where)
+    maximum, rest = alive(stats.max), alive(stats.rest)
+    inverse = 1 / (1 + rest)
+    a = ct.log_normalizer + (jnp.sum(ct.target, -1) if res.indices is not None else ct.target * stats.target.mass)
+    if spec.smoothing:
+        a = a + ct.smoothing * stats.smoothing.mass
+    e = alive(exponentials(z, stats.max))
+    z = z.astype(dtype)
+    if spec.entropy:
+        h = ct.entropy * inverse
+        a = a - h * alive(stats.spread)
+        dz = e * ((a * inverse)[..., None] + h[..., None] * _finite_distance(maximum[..., None] - alive(z)))
+    else:
+        dz = e * (a * inverse)[..., None]
+    if res.indices is not None:
+        dz = put(dz, res.indices, _at_targets(spec, res.indices, ct, a, alive(stats.picked), maximum, rest, inverse))
+
+    dprobs = dweights = None
+    surprise = (maximum[..., None] - alive(z)) + jnp.log1p(rest)[..., None]  # −log p
+    if res.probs is not None:
+        dz = dz - ct.target[..., None] * res.probs
+        dprobs = times(ct.target[..., None], surprise)
+        if res.where is not None:
+            dprobs = jnp.where(res.where, dprobs, jnp.zeros_like(dprobs))
+    if spec.smoothing:
+        share = ct.smoothing[..., None]
+        dz = dz - share * smoothing_distribution(dz, res.smoothing_weights, res.where)
+        if res.smoothing_weights is not None:
+            by_class = times(share, surprise)
+            if res.where is not None:
+                by_class = jnp.where(res.where, by_class, jnp.zeros_like(by_class))
+            dweights = jnp.sum(by_class, tuple(range(by_class.ndim - 1)))
+    if res.where is not None:
+        dz = jnp.where(res.where, dz, jnp.zeros_like(dz))
+    if spec.logit_softcap is not None:
+        t = jnp.tanh(res.logits.astype(dtype) / spec.logit_softcap)
+        dz = dz * ((1 - t) * (1 + t))
+    return dz.astype(res.logits.dtype), None, dprobs, dweights, None
+
+
+def _at_targets(
+    spec: Spec,
+    indices: Array,
+    ct: Terms,
+    a: Array,
+    picked: Array,
+    maximum: Array,
+    rest: Array,
+    inverse: Array,
+) -> Array:
+    """dz at the K target indices, before smoothing: p·a − c without the cancellation of p − 1.
+
+    With c the sum of the cotangents of all entries on this class, p·a − c = p·(a − c) − (1 − p)·c, and the mass of all
+    the other classes, 1 − p, is (rest − expm1(z − max))/(1 + rest): two numbers of one sign.
+    """
+    below = picked - maximum[..., None]
+    same = indices[..., :, None] == indices[..., None, :]
+    c = jnp.sum(jnp.where(same, ct.target[..., None, :], jnp.zeros_like(ct.target[..., None, :])), -1)
+    others = rest[..., None] - jnp.expm1(below)
+    value = jnp.exp(below) * (inverse[..., None] * (a[..., None] - c)) - (inverse[..., None] * c) * others
+    if spec.entropy:
+        value = value + jnp.exp(below) * ((inverse * ct.entropy)[..., None] * _finite_distance(-below))
+    return value
+
+
+def _finite_distance(below: Array) -> Array:
+    """max − z, or where that is infinite the largest float: there exp(z − max) is 0, and so must their product be."""
+    return jnp.minimum(below, jnp.finfo(below.dtype).max)
+
+
+def _any_used(ct: Terms) -> Array:
+    used = ct.log_normalizer != 0
+    for x in (ct.target, ct.smoothing, ct.entropy):
+        if x is not None:
+            used = used | (jnp.any(x != 0, -1) if x.ndim > used.ndim else x != 0)
+    return used
+
+
+softmax_terms.defvjp(_terms_fwd, _terms_bwd)

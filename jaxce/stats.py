@@ -1,0 +1,297 @@
+"""What a softmax loss needs to know of a row of logits: one record, and how two of them merge.
+
+The record is a handful of numbers per row. It can be taken from a whole row, from blocks of it, or from the shards
+of it on different devices; `merge` joins the records of disjoint classes. Everything in it is relative to the row's
+maximum, so a common offset of the logits changes nothing but `max`.
+
+Why `rest` and not Σ exp(z − max): the maximal class adds exactly 1 to that sum, and beside the 1 the digits of
+everything else are lost: a confident row would have loss 0 and gradient 0. Without the 1 they are all there, and the
+sum is `1 + rest`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxce.targets import explicitly_sharded
+
+# Up to this many target classes per row are found by comparing class numbers, which fuses into the pass over the
+# logits; more of them are found by a gather, whose cost does not grow with K times V.
+_MAX_COMPARED = 8
+
+
+class Gap(NamedTuple):
+    """A weighted distance below the maximum: Σ_c a_c·(max − z_c) and the weights' own sum Σ_c a_c."""
+
+    sum: Array
+    mass: Array
+
+
+class RowStats(NamedTuple):
+    """The record of one row (all fields have the batch shape, `picked` has one more axis, K).
+
+    max: largest logit; −inf if the row holds nothing but −inf.
+    rest: Σ exp(z − max) without one maximal entry; −1 where max is −inf, so that `1 + rest` is always the sum.
+    picked: the logits at the K target indices; 0 where an index is not among these classes.
+    target: the gap under probability targets.
+    smoothing: the gap under the uniform (or class-weighted) smoothing distribution.
+    spread: Σ exp(z − max)·(max − z), from which the entropy follows.
+    argmax: the first class that reaches max.
+    """
+
+    max: Array
+    rest: Array
+    picked: Array | None = None
+    target: Gap | None = None
+    smoothing: Gap | None = None
+    spread: Array | None = None
+    argmax: Array | None = None
+
+
+class Terms(NamedTuple):
+    """What the options are composed from, per row; every entry but the first is free of a common offset.
+
+    log_normalizer: logsumexp of the row.
+    target: index targets: −log p of each of the K indices, [..., K]; probability targets: −Σ_c t_c log p_c, [...].
+    smoothing: −Σ_c v_c log p_c for the smoothing distribution v, or None.
+    entropy: −Σ_c p_c log p_c, or None.
+    """
+
+    log_normalizer: Array
+    target: Array
+    smoothing: Array | None = None
+    entropy: Array | None = None
+
+
+class Spec(NamedTuple):
+    """Which terms are wanted, and the soft cap of the logits they are taken of: constants of the compiled program."""
+
+    logit_softcap: float | None = None
+    smoothing: bool = False
+    entropy: bool = False
+
+
+def working_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """float64 for float64, float32 for every narrower float."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def times(a: Array, x: Array) -> Array:
+    """a·x, but 0 where a is 0 and x is not finite. Differentiable in both: where x is finite it is a plain product."""
+    a, x = jnp.broadcast_arrays(a, x)
+    return a * jnp.where((a == 0) & ~jnp.isfinite(x), jnp.zeros_like(x), x)
+
+
+def row_stats(
+    logits: Array,
+    spec: Spec,
+    indices: Array | None = None,
+    probs: Array | None = None,
+    smoothing_weights: Array | None = None,
+    where: Array | None = None,
+) -> RowStats:
+    """The record of `logits [..., V]`, already capped and masked; `where` says which classes smoothing reaches."""
+    dtype = working_dtype(logits.dtype)
+    maximum, rest = normalizer(logits)
+
+    def below() -> Array:  # ≥ 0, and inf at −inf
+        z, top = _reread(logits, maximum)
+        return _shift(top)[..., None] - z.astype(dtype)
+
+    target = smoothing_gap = spread = None
+    if probs is not None:
+        target = Gap(jnp.sum(times(probs, below()), -1), jnp.sum(probs, -1))
+    if spec.smoothing:
+        smoothing_gap = _smoothing_gap(below(), smoothing_weights, where)
+    if spec.entropy:
+        # exp(−inf)·inf must count as 0: with a finite stand-in for the distance it does.
+        distance = jnp.minimum(below(), jnp.finfo(dtype).max)
+        spread = jnp.sum(jnp.exp(-distance) * distance, -1)
+    picked = None if indices is None else pick(logits, indices).astype(dtype)
+    return RowStats(maximum, rest, picked, target, smoothing_gap, spread)
+
+
+def _smoothing_gap(below: Array, weights: Array | None, where: Array | None) -> Gap:
+    if weights is None and where is None:
+        return Gap(jnp.sum(below, -1), jnp.full(below.shape[:-1], below.shape[-1], below.dtype))
+    v = smoothing_distribution(below, weights, where)
+    return Gap(jnp.sum(times(v, below), -1), jnp.sum(v, -1))
+
+
+def smoothing_distribution(like: Array, weights: Array | None, where: Array | None) -> Array:
+    """The (unnormalised) weight that smoothing gives each class, in the shape of `like`."""
+    v = jnp.ones_like(like) if weights is None else jnp.broadcast_to(weights, like.shape)
+    return v if where is None else jnp.where(where, v, jnp.zeros_like(v))
+
+
+def finish(stats: RowStats) -> Terms:
+    """From the record of a complete row to the terms of its loss. A row without a finite maximum gives NaN."""
+    log_sum = jnp.log1p(jnp.where(stats.max == -jnp.inf, jnp.nan, stats.rest))
+
+    def surprise(gap: Gap | None) -> Array | None:
+        return None if gap is None else gap.sum + gap.mass * log_sum
+
+    if stats.picked is not None:
+        target = (stats.max[..., None] - stats.picked) + log_sum[..., None]
+    else:
+        target = surprise(stats.target)
+    entropy = None if stats.spread is None else log_sum + stats.spread / (1 + stats.rest)
+    return Terms(stats.max + log_sum, target, surprise(stats.smoothing), entropy)
+
+
+def merge(a: RowStats, b: RowStats) -> RowStats:
+    """The record of the classes of `a` followed by those of `b` (their `argmax` already counted in the joint row)."""
+    swap = b.max > a.max
+    maximum = jnp.maximum(a.max, b.max)
+    high = jnp.where(swap, b.rest, a.rest)
+    low = jnp.where(swap, a.rest, b.rest)
+    low_max = jnp.minimum(a.max, b.max)
+    scale = jnp.where(low_max == -jnp.inf, 0, jnp.exp(low_max - maximum))
+    merged = RowStats(maximum, high + (1 + low) * scale)
+    if a.picked is not None:
+        merged = merged._replace(picked=a.picked + b.picked)
+    if a.target is not None:
+        merged = merged._replace(target=_merge_gaps(a.target, a.max, b.target, b.max))
+    if a.smoothing is not None:
+        merged = merged._replace(smoothing=_merge_gaps(a.smoothing, a.max, b.smoothing, b.max))
+    if a.spread is not None:
+        merged = merged._replace(spread=_rescaled_spread(a, maximum) + _rescaled_spread(b, maximum))
+    if a.argmax is not None:
+        merged = merged._replace(argmax=jnp.where(swap, b.argmax, a.argmax))
+    return merged
+
+
+def _merge_gaps(a: Gap, a_max: Array, b: Gap, b_max: Array) -> Gap:
+    top = _shift(jnp.maximum(a_max, b_max))
+    moved = [gap.sum + times(gap.mass, top - _shift(m)) for gap, m in ((a, a_max), (b, b_max))]
+    return Gap(moved[0] + moved[1], a.mass + b.mass)
+
+
+def _rescaled_spread(stats: RowStats, maximum: Array) -> Array:
+    down = maximum - stats.max
+    moved = jnp.exp(-down) * (stats.spread + times(1 + stats.rest, down))
+    return jnp.where(stats.max == -jnp.inf, 0, moved)
+
+
+def _shift(maximum: Array) -> Array:
+    """What to subtract from the logits: the maximum, or 0 in a row of nothing but −inf (−inf − −inf is NaN)."""
+    return jnp.where(maximum == -jnp.inf, 0, maximum)
+
+
+# --- max and rest ---------------------------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def normalizer(logits: Array) -> tuple[Array, Array]:
+    """`max` and `rest` of each row.
+
+    With e = exp(z − max), min(e, (1 − e)/u) is e for every e < 1 and 0 where e = 1 (u is half of the machine
+    epsilon: no float lies between 1 − u and 1), so its sum is the mass below the maximum, exactly, and the plain sum
+    tells how often the maximum occurs. From a sum of 3 up, taking 1 away from the plain sum is as exact.
+    """
+    return lax.platform_dependent(logits, cpu=_normalizer_cpu, default=_normalizer_fused)
+
+
+def _normalizer_fused(logits: Array) -> tuple[Array, Array]:
+    maximum = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
+    e = _exponentials(logits, maximum)
+    return maximum, _rest(jnp.sum(e, -1), _mass_below_one(e))
+
+
+def _normalizer_cpu(logits: Array) -> tuple[Array, Array]:
+    """The same numbers, arranged for XLA's CPU compiler.
+
+    It runs a reduction of an elementwise expression through a fast library kernel if the reduction is the
+    expression's only reader, and writes the expression to memory otherwise. So the maximum is taken in the logits' own
+    dtype, the second sum reads the logits anew, and it is skipped while no row needs it.
+    """
+    maximum = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
+    total = jnp.sum(_exponentials(logits, maximum), -1)
+
+    def exact() -> Array:
+        return _rest(total, _mass_below_one(_exponentials(*_reread(logits, maximum))))
+
+    return maximum, lax.cond(jnp.any(total < 3), exact, lambda: total - 1)
+
+
+def _mass_below_one(e: Array) -> Array:
+    return jnp.sum(jnp.minimum(e, (1 - e) * (2 / jnp.finfo(e.dtype).eps)), -1)
+
+
+def _rest(total: Array, below: Array) -> Array:
+    return jnp.where(total < 3, below + (jnp.round(total - below) - 1), total - 1)
+
+
+def _reread(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, for one more pass over them. On CPU the passes must not share a subexpression (see above)."""
+    return lax.platform_dependent(*arrays, cpu=lambda *a: lax.optimization_barrier(a), default=lambda *a: a)
+
+
+def _exponentials(logits: Array, maximum: Array) -> Array:
+    return jnp.exp(logits.astype(maximum.dtype) - _shift(maximum)[..., None])
+
+
+@jax.custom_jvp
+def exponentials(logits: Array, maximum: Array) -> Array:
+    """exp(z − max) in the working dtype: the expression of the forward pass, so that a compiler can share it."""
+    return _exponentials(logits, maximum)
+
+
+# `max` only fixes where the other numbers are measured from, so it is a constant of both derivatives below. And what
+# is not finite has none: it must not turn a zero cotangent into NaN on the way back.
+
+
+@exponentials.defjvp
+def _exponentials_jvp(primals, tangents):
+    e = exponentials(*primals)
+    return e, jnp.where(jnp.isfinite(e), e, 0) * tangents[0].astype(e.dtype)
+
+
+@normalizer.defjvp
+def _normalizer_jvp(primals, tangents):
+    (logits,), (tangent,) = primals, tangents
+    maximum, rest = normalizer(logits)
+    e = exponentials(logits, maximum)
+    de = jnp.where(jnp.isfinite(e), e, 0) * tangent.astype(e.dtype)
+    return (maximum, rest), (jnp.zeros_like(maximum), jnp.sum(de, -1))
+
+
+# --- target look-ups ------------------------------------------------------------------------------------------------
+
+
+def pick(logits: Array, indices: Array) -> Array:
+    """The logits `[..., K]` at `indices [..., K]`; an index outside the row gives an arbitrary finite-or-not number."""
+
+    def compare(z: Array, i: Array) -> Array:
+        hits = (jnp.where(_is_class(z, i[..., k]), z, jnp.zeros_like(z)) for k in range(i.shape[-1]))
+        return jnp.stack([jnp.sum(hit, -1, dtype=z.dtype) for hit in hits], -1)
+
+    def gather(z: Array, i: Array) -> Array:
+        return jnp.take_along_axis(z, jnp.clip(i, 0, z.shape[-1] - 1), -1, mode="promise_in_bounds")
+
+    if explicitly_sharded(logits, indices):  # a gather would have to be told how its result is sharded
+        return compare(logits, indices)
+    if indices.shape[-1] > _MAX_COMPARED:
+        return gather(logits, indices)
+    return lax.platform_dependent(logits, indices, cpu=gather, default=compare)
+
+
+def put(array: Array, indices: Array, values: Array) -> Array:
+    """`array [..., V]` with `values [..., K]` at `indices [..., K]`; an index outside the row is passed over."""
+    if indices.shape[-1] <= _MAX_COMPARED or explicitly_sharded(array, indices):
+        for k in range(indices.shape[-1]):
+            array = jnp.where(_is_class(array, indices[..., k]), values[..., k, None], array)
+        return array
+    size = array.shape[-1]
+    inside = jnp.where((indices >= 0) & (indices < size), indices, size)  # a negative index would count from the end
+    return jnp.put_along_axis(array, inside, values, -1, inplace=False, mode="drop")
+
+
+def _is_class(like: Array, index: Array) -> Array:
+    return lax.broadcasted_iota(index.dtype, like.shape, like.ndim - 1) == index[..., None]
+

@@ -1,0 +1,123 @@
+"""The three kinds of target (class indices, probabilities, sparse probabilities) and the weight each example gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxce import checks
+from jaxce.label_check import check_labels
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "probs"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class SparseTargets:
+    """A target distribution with K classes of probability other than zero, whatever the number of classes.
+
+    It stands for t with t[indices[k]] += probs[k]: the same class may occur more than once (mixup of two examples of
+    one class), and entries of probability 0 count for nothing, whatever their index. It is a pytree, so it goes
+    through jit, vmap and grad like an array.
+
+    Args:
+      indices: integers `[..., K]`, class indices.
+      probs: floats `[..., K]`, usually summing to 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> logits = jnp.array([[2.0, 1.0, 0.1]])
+      >>> mixed = jaxce.SparseTargets(indices=jnp.array([[0, 2]]), probs=jnp.array([[0.7, 0.3]]))
+      >>> print(jaxce.softmax_cross_entropy(logits, mixed))
+      [0.98702997]
+    """
+
+    indices: Any
+    probs: Any
+
+
+class Targets(NamedTuple):
+    """Checked targets: indices `[..., K]` with probs `[..., K]` or None (1 each); or probs alone, shaped as logits."""
+
+    indices: Array | None
+    probs: Array | None
+
+
+def sort_by_kind(targets: Any, batch: tuple[int, ...], full: tuple[int, ...]) -> Targets:
+    """Checks `targets` against logits of shape `full`, `batch` without the class axes."""
+    if isinstance(targets, SparseTargets):
+        indices = _integers("targets.indices", targets.indices)
+        checks.indices("targets.indices", indices, batch, full, sparse=True)
+        probs = checks.float_array("targets.probs", targets.probs)
+        checks.probabilities("targets.probs", probs, indices.shape)
+        return Targets(indices, probs)
+    if not checks.is_array(targets):
+        checks.fail(
+            TypeError,
+            "targets",
+            "class indices, probabilities or jaxce.SparseTargets",
+            type(targets).__name__,
+            "Convert lists with jnp.asarray(targets).",
+        )
+    kind = jnp.result_type(targets)
+    if jnp.issubdtype(kind, jnp.integer):
+        indices = _integers("targets", targets)
+        checks.indices("targets", indices, batch, full)
+        return Targets(indices[..., None], None)
+    if not jnp.issubdtype(kind, jnp.floating):
+        checks.fail(
+            TypeError,
+            "targets",
+            "integers (class indices) or floats (probabilities)",
+            checks.describe(targets),
+            "Convert one-hot bools with targets.astype(logits.dtype).",
+        )
+    probs = jnp.asarray(targets)
+    checks.probabilities("targets", probs, full)
+    return Targets(None, probs)
+
+
+def _integers(name: str, x: Any) -> Array:
+    if not checks.is_array(x) or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+        got = checks.describe(x) if checks.is_array(x) else type(x).__name__
+        checks.fail(TypeError, name, "an array of integers, class indices", got)
+    x = jnp.asarray(x)
+    # Eight bits hold labels too, but not the numbers of all the classes they are compared with.
+    return x if x.dtype == jnp.int64 else x.astype(jnp.int32)
+
+
+def entry_probs(targets: Targets, ignore_index: int | None) -> Array | None:
+    """The probability of each of the K index entries, 0 for ignored ones; None if each is plainly 1."""
+    if targets.probs is None and ignore_index is None:
+        return None
+    probs = jnp.ones(targets.indices.shape, jnp.float32) if targets.probs is None else targets.probs
+    if ignore_index is None:
+        return probs
+    return jnp.where(targets.indices == ignore_index, jnp.zeros_like(probs), probs)
+
+
+def class_weight_at(class_weights: Array, indices: Array) -> Array:
+    """`class_weights [V]` at `indices [..., K]`; arbitrary for an index outside the classes."""
+    if explicitly_sharded(class_weights, indices):
+        hit = lax.broadcasted_iota(indices.dtype, (*indices.shape, class_weights.size), indices.ndim)
+        weights = jnp.broadcast_to(class_weights, hit.shape)
+        return jnp.sum(jnp.where(hit == indices[..., None], weights, jnp.zeros_like(weights)), -1)
+    return jnp.take(class_weights, indices, mode="clip")
+
+
+def nan_where_unknown(indices: Array, num_classes: int, unused: Array) -> Array:
+    """A factor for −log p at each index: 1, or NaN for a label that is no class and is used.
+
+    A factor and not a select, so that the gradient of such a row is NaN too.
+    """
+    known = ((indices >= 0) & (indices < num_classes)) | unused
+    known = check_labels(known, indices, num_classes)
+    return jnp.where(known, 1.0, jnp.nan)
+
+
+def explicitly_sharded(*arrays: Array) -> bool:
+    """Whether any of the arrays carries its sharding in its type (a mesh with Explicit axes)."""
+    return any(jax.sharding.AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types for a in arrays)
