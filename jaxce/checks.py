@@ -65,8 +65,11 @@ def indices(name: str, x: jax.Array, batch: tuple[int, ...], full: tuple[int, ..
         hint = "If these are one-hot labels, make them floats: targets.astype(logits.dtype)."
     elif math.prod(x.shape) == math.prod(batch):
         hint = f"Labels are never broadcast; reshape them: {name}.reshape({batch})."
-    what = f"the batch shape {batch} and one more axis, the K >= 1 entries" if sparse else (
-        f"shape {batch}, the shape of logits without the class axis")
+    what = (
+        f"the batch shape {batch} and one more axis, the K >= 1 entries"
+        if sparse
+        else (f"shape {batch}, the shape of logits without the class axis")
+    )
     fail(ValueError, name, what, describe(x), hint)
 
 
@@ -85,32 +88,56 @@ def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: S
     as_classes = broadcastable(mask.shape, full)
     as_examples = mask.shape == batch and mask.ndim < len(full)
     if as_classes and as_examples and max(mask.shape, default=1) > 1:
-        fail(ValueError, "where", "a mask that can be read in one way", f"shape {mask.shape} for logits of shape {full}",
-             "Give it as many axes as logits: where[None, :] for classes, where[:, None] for examples.")
+        fail(
+            ValueError,
+            "where",
+            "a mask that can be read in one way",
+            f"shape {mask.shape} beside logits {full}",
+            "Give it as many axes as logits: where[None, :] for classes, where[:, None] for examples.",
+        )
     if as_classes:
         return mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
     if as_examples:
         return jnp.expand_dims(mask, tuple(axes))
-    fail(ValueError, "where", f"a shape that broadcasts to that of logits, {full}, or the batch shape {batch}",
-         describe(mask))
+    fail(
+        ValueError,
+        "where",
+        f"a shape that broadcasts to that of logits, {full}, or the batch shape {batch}",
+        describe(mask),
+    )
 
 
 def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
     if not is_array(x):
         fail(TypeError, "weights", "an array of numbers", type(x).__name__, "Convert it with jnp.asarray(weights).")
     if not broadcastable(jnp.shape(x), batch):
-        fail(ValueError, "weights", f"a shape that broadcasts to the batch shape {batch}, one weight per example",
-             describe(x), "Weights per class go into class_weights.")
+        fail(
+            ValueError,
+            "weights",
+            f"a shape that broadcasts to the batch shape {batch}, one weight per example",
+            describe(x),
+            "Weights per class go into class_weights.",
+        )
     return jnp.asarray(x)
 
 
 def class_weights(x: Any, size: int) -> jax.Array:
     if not is_array(x):
-        fail(TypeError, "class_weights", "an array of numbers", type(x).__name__,
-             "Convert it with jnp.asarray(class_weights).")
+        fail(
+            TypeError,
+            "class_weights",
+            "an array of numbers",
+            type(x).__name__,
+            "Convert it with jnp.asarray(class_weights).",
+        )
     if jnp.shape(x) != (size,):
-        fail(ValueError, "class_weights", f"shape ({size},), one weight per class", describe(x),
-             "Weights per example go into weights.")
+        fail(
+            ValueError,
+            "class_weights",
+            f"shape ({size},), one weight per class",
+            describe(x),
+            "Weights per example go into weights.",
+        )
     return jnp.asarray(x)
 
 
@@ -127,8 +154,13 @@ def scalar(name: str, x: Any, low: float, high: float) -> None:
 
 def softcap(x: Any) -> None:
     if isinstance(x, bool) or not isinstance(x, Real):
-        fail(TypeError, "logit_softcap", "None or a Python number", repr(x) if is_array(x) else type(x).__name__,
-             "It is a constant of the compiled program.")
+        fail(
+            TypeError,
+            "logit_softcap",
+            "None or a Python number",
+            repr(x) if is_array(x) else type(x).__name__,
+            "It is a constant of the compiled program.",
+        )
     if not 0 < x < math.inf:
         fail(ValueError, "logit_softcap", "a number > 0", repr(x), "None means no cap.")
 

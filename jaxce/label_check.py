@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import checkify
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 

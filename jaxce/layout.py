@@ -14,7 +14,7 @@ from jaxce.targets import Targets
 def classes_last(
     logits: Array, targets: Targets, where: Array | None, axes: tuple[int, ...]
 ) -> tuple[Array, Targets, Array | None]:
-    """Logits `[..., V]`, targets to match (probabilities in the working dtype), and the mask, which still broadcasts."""
+    """Logits `[..., V]`, targets to match (probabilities in the working dtype), and a mask that still broadcasts."""
     full = logits.shape
     probs = targets.probs
     if probs is not None:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jaxce import autodiff, checks
@@ -24,6 +23,7 @@ from jaxce.stats import (
     row_stats,
     smoothing_distribution,
     times,
+    working_dtype,
 )
 from jaxce.targets import Targets, sort_by_kind
 
@@ -235,7 +235,7 @@ def softmax_terms(
 def _effective(spec: Spec, logits: Array, where: Array | None) -> Array:
     """The logits that the softmax sees: capped, then masked. Without either they keep their dtype."""
     if spec.logit_softcap is not None:
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits.astype(working_dtype(logits.dtype))
         logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
     return logits if where is None else jnp.where(where, logits, -jnp.inf)
 
