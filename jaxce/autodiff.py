@@ -52,7 +52,7 @@ def _row_terms(
     if indices is not None:
         target = jax.vmap(lambda i: _index_loss(z, i, surprise))(indices)
     else:
-        target = _expectation(probs, surprise)
+        target = _expectation(probs.astype(z.dtype), surprise)
     smoothing = entropy = None
     if spec.smoothing:
         v = jnp.ones_like(z) if v is None else v
@@ -64,7 +64,7 @@ def _row_terms(
 
 def _index_loss(z: Array, index: Array, surprise: Array) -> Array:
     """−log p of one class: log1p of the other classes' odds if it is the most likely one, where p is near 1."""
-    target = jnp.arange(z.size) == index
+    target = jnp.arange(z.size, dtype=index.dtype) == index
     z_y = jnp.sum(jnp.where(target, z, 0))
     likely = jnp.all(z <= z_y)
     odds = jnp.where(target, 0, jnp.exp(jnp.where(likely & ~target, z - z_y, 0)))

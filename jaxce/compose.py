@@ -165,7 +165,7 @@ def compose(
     if targets.indices is None:
         target = terms.target
         nll = target if unweighted is None else _zero_if_not_finite(unweighted, unused)
-        class_weight = _mean_class_weight(targets, amounts.class_weights)
+        class_weight = _mean_class_weight(targets, amounts.class_weights, dtype)
     else:
         idle = unused[..., None] if probs is None else unused[..., None] | (probs == 0)
         surprise = terms.target * nan_where_unknown(targets.indices, num_classes, idle).astype(dtype)
@@ -220,12 +220,11 @@ def _zero_if_not_finite(x: Array, unused: Array) -> Array:
     return jnp.where(unused & ~jnp.isfinite(x), jnp.zeros_like(x), x)
 
 
-def _mean_class_weight(targets: Targets, class_weights: Array | None) -> Array:
+def _mean_class_weight(targets: Targets, class_weights: Array | None, dtype: jnp.dtype) -> Array:
     """Σ_c w_c t_c, the class weight of an example with probability targets: w_y if they are one-hot."""
-    batch = targets.probs.shape[:-1]
     if class_weights is None:
-        return jnp.ones(batch, targets.probs.dtype)
-    return jnp.sum(targets.probs * jnp.broadcast_to(class_weights, targets.probs.shape), -1)
+        return jnp.ones(targets.probs.shape[:-1], dtype)
+    return jnp.sum(targets.probs.astype(dtype) * jnp.broadcast_to(class_weights, targets.probs.shape), -1)
 
 
 def _class_count(participating: Array | None, num_classes: int, dtype: jnp.dtype) -> Array:

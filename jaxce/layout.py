@@ -7,20 +7,17 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from jaxce.stats import working_dtype
 from jaxce.targets import Targets
 
 
 def classes_last(
     logits: Array, targets: Targets, where: Array | None, axes: tuple[int, ...]
 ) -> tuple[Array, Targets, Array | None]:
-    """Logits `[..., V]`, targets to match (probabilities in the working dtype), and a mask that still broadcasts."""
+    """Logits `[..., V]`, targets to match, and a mask that still broadcasts."""
     full = logits.shape
     probs = targets.probs
-    if probs is not None:
-        probs = probs.astype(working_dtype(logits.dtype))
-        if targets.indices is None:
-            probs = _move(probs, axes)
+    if probs is not None and targets.indices is None:
+        probs = _move(probs, axes)
     if where is not None:
         if len(axes) > 1:  # these axes become one, so the mask must span them
             where = jnp.broadcast_to(where, [n if i in axes else where.shape[i] for i, n in enumerate(full)])

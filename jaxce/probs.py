@@ -95,7 +95,7 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
         idle = jnp.zeros(targets.indices.shape, jnp.bool_) if entries is None else entries == 0
         target = _surprise(pick(p, targets.indices), idle | unused[..., None])
     else:
-        t = targets.probs
+        t = targets.probs.astype(dtype)
         if amounts.class_weights is not None:
             t = t * jnp.broadcast_to(amounts.class_weights, t.shape)
         target = jnp.sum(times(t, _surprise(p, (t == 0) | unused[..., None])), -1)

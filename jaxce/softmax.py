@@ -185,7 +185,7 @@ def _loss(
     probs = targets.probs if targets.indices is None else None
     weighted = probs
     if probs is not None and amounts.class_weights is not None:
-        weighted = probs * jnp.broadcast_to(amounts.class_weights, probs.shape)
+        weighted = probs.astype(amounts.class_weights.dtype) * jnp.broadcast_to(amounts.class_weights, probs.shape)
     terms = terms_of(spec, logits, targets.indices, weighted, amounts.class_weights, where)
     unweighted = prediction = None
     if options.return_aux:
@@ -280,13 +280,13 @@ def _terms_bwd(spec: Spec, res: _Residuals, ct: Terms):
     dprobs = dweights = None
     surprise = (maximum[..., None] - alive(z)) + jnp.log1p(rest)[..., None]  # −log p
     if res.probs is not None:
-        dz = dz - ct.target[..., None] * res.probs
-        dprobs = times(ct.target[..., None], surprise)
+        dz = dz - ct.target[..., None] * res.probs.astype(dtype)
+        dprobs = times(ct.target[..., None], surprise).astype(res.probs.dtype)
         if res.where is not None:
             dprobs = jnp.where(res.where, dprobs, jnp.zeros_like(dprobs))
     if spec.smoothing:
         share = ct.smoothing[..., None]
-        dz = dz - share * smoothing_distribution(dz, res.smoothing_weights, res.where)
+        dz = dz - share * smoothing_distribution(dz.shape, dtype, res.smoothing_weights, res.where)
         if res.smoothing_weights is not None:
             by_class = times(share, surprise)
             if res.where is not None:

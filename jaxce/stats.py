@@ -99,33 +99,39 @@ def row_stats(
     dtype = working_dtype(logits.dtype)
     maximum, rest = normalizer(logits)
 
-    def below() -> Array:  # ≥ 0, and inf at −inf
-        z, top = _reread(logits, maximum)
-        return _shift(top)[..., None] - z.astype(dtype)
+    def below() -> Array:
+        return _below(*_reread(logits, maximum))
 
-    target = smoothing_gap = spread = None
+    target = smoothing = spread = None
     if probs is not None:
-        target = Gap(jnp.sum(times(probs, below()), -1), jnp.sum(probs, -1))
-    if spec.smoothing:
-        smoothing_gap = _smoothing_gap(below(), smoothing_weights, where)
+        target = _gap(probs, below())
+    if spec.smoothing and smoothing_weights is None and where is None:
+        smoothing = Gap(jnp.sum(below(), -1), jnp.full(rest.shape, logits.shape[-1], dtype))
+    elif spec.smoothing:
+        smoothing = _gap(smoothing_distribution(logits.shape, dtype, smoothing_weights, where), below())
     if spec.entropy:
         # exp(−inf)·inf must count as 0: with a finite stand-in for the distance it does.
         distance = jnp.minimum(below(), jnp.finfo(dtype).max)
         spread = jnp.sum(jnp.exp(-distance) * distance, -1)
     picked = None if indices is None else pick(logits, indices).astype(dtype)
-    return RowStats(maximum, rest, picked, target, smoothing_gap, spread)
+    return RowStats(maximum, rest, picked, target, smoothing, spread)
 
 
-def _smoothing_gap(below: Array, weights: Array | None, where: Array | None) -> Gap:
-    if weights is None and where is None:
-        return Gap(jnp.sum(below, -1), jnp.full(below.shape[:-1], below.shape[-1], below.dtype))
-    v = smoothing_distribution(below, weights, where)
-    return Gap(jnp.sum(times(v, below), -1), jnp.sum(v, -1))
+def _below(logits: Array, maximum: Array) -> Array:
+    """max − z: not negative, and inf at −inf."""
+    return _shift(maximum)[..., None] - logits.astype(maximum.dtype)
 
 
-def smoothing_distribution(like: Array, weights: Array | None, where: Array | None) -> Array:
-    """The (unnormalised) weight that smoothing gives each class, in the shape of `like`."""
-    v = jnp.ones_like(like) if weights is None else jnp.broadcast_to(weights, like.shape)
+def _gap(weights: Array, below: Array) -> Gap:
+    weights = weights.astype(below.dtype)
+    return Gap(jnp.sum(times(weights, below), -1), jnp.sum(weights, -1))
+
+
+def smoothing_distribution(
+    shape: tuple[int, ...], dtype: DTypeLike, weights: Array | None, where: Array | None
+) -> Array:
+    """The (unnormalised) weight that smoothing gives each class."""
+    v = jnp.ones(shape, dtype) if weights is None else jnp.broadcast_to(weights, shape)
     return v if where is None else jnp.where(where, v, jnp.zeros_like(v))
 
 
