@@ -161,7 +161,7 @@ def softcap(x: Any) -> None:
             repr(x) if is_array(x) else type(x).__name__,
             "It is a constant of the compiled program.",
         )
-    if not 0 < x < math.inf:
+    if not 0 < float(x) < math.inf:
         fail(ValueError, "logit_softcap", "a number > 0", repr(x), "None means no cap.")
 
 

@@ -1,0 +1,38 @@
+# `make demo` and `make test` need python3 (3.11 or newer) and make, nothing else: they set up $(VENV) by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= runs/data
+DEMO_ARGS ?=
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The packages here compile for CPU; a machine with an accelerator may say otherwise.
+export JAX_PLATFORMS ?= cpu
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)  ## train a convolutional network on CIFAR-10 with jaxce's loss
+	@if [ -f ../shared/cifar10/unpack.py ] && [ ! -d $(DATA)/cifar-10-batches-bin ]; then \
+		$(BIN)/python ../shared/cifar10/unpack.py $(DATA); fi
+	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
+
+test: $(READY)  ## all tests, doctests and README examples included
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## the figures and plots of the README (20 minutes on 2 idle cores)
+	$(BIN)/python -m benchmarks dense
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test,bench]"
+	@touch $@
+
+clean:
+	rm -rf .venv* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist runs

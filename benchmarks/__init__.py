@@ -1,0 +1,1 @@
+"""jaxce measured beside optax: `python -m benchmarks dense`."""

@@ -1,0 +1,79 @@
+"""Timing side by side, and what a program needs when compiled."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], seconds: float, most: int = 400) -> dict[str, list[float]]:
+    """Seconds per call of each function, called in turn until the time is up, at least 7 times each.
+
+    In turn, because a machine's speed drifts: a ratio of two calls made next to each other is worth more than a ratio
+    of two averages. Each function must block until its result is there.
+    """
+    for run in runs.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    order = list(runs)
+    for i in range(most):
+        for name in order if i % 2 == 0 else reversed(order):
+            start = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - start)
+        if i >= 6 and time.perf_counter() > end:
+            break
+    return times
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return float(np.exp(np.mean([math.log(v) for v in values])))
+
+
+def compiling(f: Callable, *args: Any) -> dict[str, float]:
+    """What compiling `f` takes, in seconds, and the temporary bytes that the program needs."""
+    lowered = jax.jit(f).lower(*args)
+    start = time.perf_counter()
+    program = lowered.compile()
+    seconds = time.perf_counter() - start
+    return {"compile_s": seconds, "temp_bytes": program.memory_analysis().temp_size_in_bytes}
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Versions and machine, for a results file."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
