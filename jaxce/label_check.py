@@ -7,6 +7,8 @@ without effects, that checkify is told how to read.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jax.extend.core import Primitive
@@ -42,7 +44,8 @@ def _checkify_rule(*args, num_classes: int):
         failure = internals.FailedCheckError(
             internals.get_traceback(), MESSAGE, label=label, num_classes=jnp.asarray(num_classes)
         )
-        error = internals.assert_func(*context, error, ~jnp.all(known), failure)
+        assert_func: Any = internals.assert_func
+        error = assert_func(*context, error, ~jnp.all(known), failure)
     return error, known
 
 

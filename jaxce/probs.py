@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
         v = jnp.ones_like(p) if amounts.class_weights is None else jnp.broadcast_to(amounts.class_weights, p.shape)
         smoothing = jnp.sum(times(v, _surprise(p, (v == 0) | unused[..., None])), -1)
     terms = Terms(jnp.zeros(batch, dtype), target, smoothing)
-    return compose(terms, targets, p.shape[-1], amounts, options)
+    return cast(Array, compose(terms, targets, p.shape[-1], amounts, options))
 
 
 def _surprise(p: Array, idle: Array) -> Array:

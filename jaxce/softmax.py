@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,19 @@ from jaxce.stats import (
 from jaxce.targets import Targets, sort_by_kind
 
 
+@overload
 def softmax_cross_entropy(
+    logits: Any, targets: Any, axis: Any = -1, where: Any = None, *, return_aux: Literal[True], **options: Any
+) -> tuple[Array, CrossEntropyAux]: ...
+
+
+@overload
+def softmax_cross_entropy(
+    logits: Any, targets: Any, axis: Any = -1, where: Any = None, *, return_aux: Literal[False] = False, **options: Any
+) -> Array: ...
+
+
+def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what does not change the return type
     logits: Any,
     targets: Any,
     axis: int | tuple[int, ...] | None = -1,
