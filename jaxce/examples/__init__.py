@@ -1,0 +1,1 @@
+"""Complete programs that train with jaxce. Their needs: ``pip install "jaxce[examples]"``."""

@@ -1,0 +1,106 @@
+"""What the CIFAR-10 example says and writes: table rows, the warning at the start, PNG and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from jaxce.examples.cifar10_data import NUM_CLASSES
+
+CHANCE_LOSS = math.log(NUM_CLASSES)
+# Logits spread with deviation s before training cost about s²/2 above chance. A loss half a nat off
+# thus means a deviation above 1: sure of itself before it has seen anything. No untrained network
+# is that far below chance.
+START_MARGIN = 0.5
+
+HEADER = "epoch   train loss   test loss   accuracy    skill   seconds"
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochRow:
+    epoch: int
+    train_loss: float  # the training objective, smoothing and mixup included
+    test_loss: float
+    test_accuracy: float
+    seconds: float
+
+    @property
+    def skill(self) -> float:
+        """0 is guessing, 1 is perfect."""
+        return 1 - self.test_loss / CHANCE_LOSS
+
+    def __str__(self) -> str:
+        return (
+            f"{self.epoch:5d}   {self.train_loss:10.4f}   {self.test_loss:9.4f}   "
+            f"{self.test_accuracy:8.2%}   {self.skill:6.3f}   {self.seconds:7.1f}"
+        )
+
+
+def start_message(loss: float) -> str:
+    """The loss before training beside that of guessing, and a warning if they are far apart."""
+    message = f"loss before training: {loss:.4f}; of guessing: ln {NUM_CLASSES} = {CHANCE_LOSS:.4f}"
+    if abs(loss - CHANCE_LOSS) <= START_MARGIN:
+        return message
+    hint = (
+        "A network that has seen nothing cannot know that much: are these weights trained?"
+        if loss < CHANCE_LOSS
+        else "The initial logits are too large, or the input is not normalised."
+    )
+    return f"{message}\nWarning: expected them within {START_MARGIN} of each other. {hint}"
+
+
+def write_history(path: Path, about: dict[str, Any], start_loss: float, rows: Sequence[EpochRow]) -> None:
+    """Write the rows, with ``about``: what the run was asked to do, and on which data."""
+    history = about | {
+        "versions": versions(),
+        "machine": {"platform": platform.platform(), "cpu_count": os.cpu_count()},
+        "chance_loss": CHANCE_LOSS,
+        "start_loss": start_loss,
+        "epochs": [dataclasses.asdict(row) | {"skill": row.skill} for row in rows],
+    }
+    path.write_text(json.dumps(history, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("jaxce", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"  # jaxce itself, run from a checkout
+    return found
+
+
+def plot_history(path: Path, title: str, start_loss: float, rows: Sequence[EpochRow]) -> None:
+    epochs = [row.epoch for row in rows]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    losses, accuracy = figure.subplots(1, 2, sharex=True)
+
+    losses.axhline(CHANCE_LOSS, color="0.5", linestyle="--", label=f"guessing, ln {NUM_CLASSES}")
+    losses.plot(epochs, [row.train_loss for row in rows], "o-", label="training objective")
+    losses.plot([0, *epochs], [start_loss, *(row.test_loss for row in rows)], "o-", label="test")
+    losses.set(ylabel="cross-entropy (nats)", ylim=(0, None))
+    losses.legend(loc="upper right", bbox_to_anchor=(1, 0.92))  # clear of the line at the top
+
+    accuracy.axhline(1 / NUM_CLASSES, color="0.5", linestyle="--", label="guessing")
+    accuracy.plot(epochs, [row.test_accuracy for row in rows], "o-", color="C1", label="test")
+    accuracy.set(ylabel="accuracy", ylim=(0, 1))
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy.legend(loc="center right")
+
+    for axes in (losses, accuracy):
+        axes.set(xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,498 @@
+"""The CIFAR-10 example: its data is checked, its curves are right, its runs can be resumed."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason="needs the extra: examples")
+pytest.importorskip("sklearn", reason="needs the extra: examples")
+from flax import nnx
+from matplotlib.image import imread
+from rich.console import Console
+
+from jaxce.examples import cifar10, cifar10_data, cifar10_model, cifar10_report
+from jaxce.examples.cifar10_checkpoint import Checkpoint
+from jaxce.examples.cifar10_data import DamagedDataError, DataUnavailableError
+
+RECORDS = 40  # in a file of the tiny CIFAR-10 made here
+EPS = float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's one-cycle schedule multiplies a bool array by a float one."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=200)
+
+
+def output(console):
+    return console.file.getvalue()
+
+
+# Data.
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """The bytes of the six files of a tiny CIFAR-10, by name."""
+    monkeypatch.setattr(cifar10_data, "RECORDS_PER_FILE", RECORDS)
+    rng = np.random.default_rng(0)
+    names = (*cifar10_data.TRAIN_FILES, cifar10_data.TEST_FILE)
+    files = {name: rng.integers(0, 256, (RECORDS, 3073), np.uint8) for name in names}
+    for file in files.values():
+        file[:, 0] %= 10
+    return files
+
+
+@pytest.fixture
+def data_dir(tmp_path, records):
+    """A directory as unpacking leaves it."""
+    folder = tmp_path / "data" / cifar10_data.FOLDER
+    folder.mkdir(parents=True)
+    for name, file in records.items():
+        (folder / name).write_bytes(file.tobytes())
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def archive(tmp_path, data_dir):
+    """The tiny CIFAR-10 as an archive, to be served from here."""
+    path = tmp_path / "served.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(data_dir / cifar10_data.FOLDER, cifar10_data.FOLDER)
+    return path
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Makes a file what is downloaded, under its own checksum unless told otherwise."""
+
+    def serve(path, md5=None):
+        monkeypatch.setattr(cifar10_data, "URL", path.as_uri())
+        got = hashlib.md5(path.read_bytes()).hexdigest()
+        monkeypatch.setattr(cifar10_data, "ARCHIVE_MD5", md5 or got)
+
+    return serve
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10_data, "URL", (tmp_path / "nothing here").as_uri())
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["parent given", "folder given"])
+def test_reads_the_binary_version(data_dir, records, console, inside):
+    given = data_dir / cifar10_data.FOLDER if inside else data_dir
+    data = cifar10_data.load(given, console)
+
+    train = np.concatenate([records[name] for name in cifar10_data.TRAIN_FILES])
+    np.testing.assert_array_equal(data.train_labels, train[:, 0])
+    np.testing.assert_array_equal(data.test_labels, records[cifar10_data.TEST_FILE][:, 0])
+    assert data.train_images.shape == (5 * RECORDS, 32, 32, 3)
+    for n, y, x, channel in [(0, 0, 0, 0), (1, 0, 5, 0), (50, 7, 0, 1), (199, 31, 30, 2)]:
+        stored = train[n, 1 + 1024 * channel + 32 * y + x]
+        assert data.train_images[n, y, x, channel] == stored
+
+
+@pytest.mark.parametrize(
+    ("damage", "got"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), f"{RECORDS * 3073 - 1:,} bytes"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), f"{RECORDS * 3073 + 1:,} bytes"),
+        (lambda path: path.unlink(), "no such file"),
+        (lambda path: path.write_bytes(b"\x0a" + path.read_bytes()[1:]), "10 in record 0"),
+    ],
+    ids=["short", "long", "missing", "label"],
+)
+@pytest.mark.parametrize("name", ["data_batch_3.bin", "test_batch.bin"])
+def test_refuses_damaged_files(data_dir, console, damage, got, name):
+    damage(data_dir / cifar10_data.FOLDER / name)
+    with pytest.raises(DamagedDataError) as error:
+        cifar10_data.load(data_dir, console)
+    message = str(error.value)
+    assert name in message
+    assert "expected" in message
+    assert f"got {got}" in message
+    assert "Delete" in message
+
+
+def test_downloads_checks_and_unpacks(tmp_path, archive, serve, records, console):
+    serve(archive)
+    data = cifar10_data.load(tmp_path / "new" / "directory", console)
+    np.testing.assert_array_equal(data.test_labels, records[cifar10_data.TEST_FILE][:, 0])
+    assert "Downloading" in output(console)
+    left = {path.name for path in (tmp_path / "new" / "directory").iterdir()}
+    assert left == {cifar10_data.ARCHIVE, cifar10_data.FOLDER}
+
+
+def test_refuses_and_deletes_a_download_with_another_checksum(tmp_path, archive, serve, console):
+    serve(archive, md5="0" * 32)
+    with pytest.raises(DamagedDataError, match=f"expected md5 {'0' * 32}, got [0-9a-f]{{32}}"):
+        cifar10_data.load(tmp_path / "new", console)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_refuses_but_keeps_an_archive_that_was_there(tmp_path, console):
+    mine = tmp_path / cifar10_data.ARCHIVE
+    mine.write_bytes(b"something else")
+    with pytest.raises(DamagedDataError, match=f"expected md5 {cifar10_data.ARCHIVE_MD5}"):
+        cifar10_data.load(tmp_path, console)
+    assert mine.exists()
+
+
+def member(name, **fields):
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+@pytest.mark.parametrize(
+    "unsafe",
+    [
+        member("../escaped", size=4),
+        member(f"{cifar10_data.FOLDER}/../../escaped", size=4),
+        member("link", type=tarfile.SYMTYPE, linkname="../../escaped"),
+        member("link", type=tarfile.LNKTYPE, linkname="../../escaped"),
+        member("device", type=tarfile.CHRTYPE),
+    ],
+    ids=["parent", "parent from inside", "symbolic link", "hard link", "device"],
+)
+def test_refuses_unsafe_archives(tmp_path, unsafe):
+    target = tmp_path / "target"
+    target.mkdir()
+    path = target / cifar10_data.ARCHIVE
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(member(cifar10_data.FOLDER, type=tarfile.DIRTYPE, mode=0o755))
+        tar.addfile(unsafe, io.BytesIO(b"evil"))
+    with pytest.raises(DamagedDataError, match=cifar10_data.ARCHIVE):
+        cifar10_data.unpack(path, target)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+    assert list(target.iterdir()) == [path]
+
+
+def test_refuses_an_archive_of_something_else(tmp_path):
+    path = tmp_path / cifar10_data.ARCHIVE
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(member("readme.txt", size=4), io.BytesIO(b"text"))
+    with pytest.raises(DamagedDataError, match=cifar10_data.FOLDER):
+        cifar10_data.unpack(path, tmp_path)
+
+
+def test_without_data_or_network_says_so_and_takes_digits(tmp_path, no_network, console):
+    missing = tmp_path / "given"
+    with pytest.raises(DataUnavailableError):
+        cifar10_data.load_cifar10(missing, console)
+
+    data = cifar10_data.load(missing, console)
+    assert data.name == "digits"
+    assert data.train_images.shape == (1437, 8, 8, 1)
+    assert data.test_images.shape == (360, 8, 8, 1)
+    assert set(data.train_labels) == set(data.test_labels) == set(range(10))
+    said = output(console)
+    assert f"{missing} holds neither" in said
+    assert "downloading" in said
+    assert "digits instead" in said
+    assert "--data-dir" in said
+    assert not missing.exists()
+
+
+def test_digits_are_bytes_that_span_the_range():
+    images = cifar10_data.load_digits().train_images
+    assert images.dtype == np.uint8
+    assert (images.min(), images.max()) == (0, 255)
+
+
+# Networks and augmentation.
+
+
+def test_max_pool_is_that_of_flax_and_so_is_its_gradient():
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (3, 8, 6, 5))
+    cotangent = jax.random.normal(keys[1], (3, 4, 3, 5))
+    ours, our_vjp = jax.vjp(cifar10_model.max_pool, x)
+    theirs, their_vjp = jax.vjp(lambda x: nnx.max_pool(x, (2, 2), (2, 2)), x)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(our_vjp(cotangent)[0], their_vjp(cotangent)[0])
+
+
+def test_flip_mirrors_some_images_and_leaves_the_others():
+    images = np.arange(64 * 4 * 4 * 1, dtype=np.int32).reshape(64, 4, 4, 1)
+    flipped = np.asarray(cifar10_model.random_flip(jax.random.key(0), images))
+    mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+    kept = (flipped == images).all((1, 2, 3))
+    assert (mirrored ^ kept).all()
+    assert 16 < mirrored.sum() < 48  # 4 deviations about the mean of 32
+
+
+def test_crop_shifts_each_image_by_up_to_an_eighth():
+    rows, columns = np.mgrid[0:16, 0:16]
+    images = np.broadcast_to(np.stack([rows, columns], -1), (200, 16, 16, 2)).astype(np.int32)
+    cropped = np.asarray(cifar10_model.random_crop(jax.random.key(0), images))
+    assert cropped.shape == images.shape
+    shifts = cropped[:, 8, 8] - 8
+    assert {tuple(shift) for shift in shifts} == {(i, j) for i in range(-2, 3) for j in range(-2, 3)}
+    inner = images[:, 4:12, 4:12] + shifts[:, None, None, :]
+    np.testing.assert_array_equal(cropped[:, 4:12, 4:12], inner)
+
+
+def test_mixup_blends_images_and_targets_alike():
+    images = np.zeros((6, 8, 8, 1), np.uint8)
+    images[:] = np.arange(0, 60, 10)[:, None, None, None]
+    labels = np.arange(6, dtype=np.int32)
+    mixed, targets = cifar10_model.mixup(jax.random.key(0), images, jnp.asarray(labels), 0.4)
+    np.testing.assert_array_equal(targets.indices, np.stack([labels, labels[::-1]], -1))
+    np.testing.assert_allclose(targets.probs.sum(-1), 1, atol=EPS)
+    assert len(np.unique(targets.probs[:, 0])) == 6
+    # The brightness of an image is ten times its label, so that of a blend says what it holds.
+    brightness = 10 * (targets.probs * targets.indices).sum(-1)
+    np.testing.assert_allclose(mixed.mean((1, 2, 3)), brightness, rtol=8 * EPS)
+
+
+# Training.
+
+
+def make_settings(**changes):
+    plain = cifar10.Settings(
+        recipe="demo",
+        loss="jaxce",
+        epochs=2,
+        batch_size=64,
+        width=4,
+        label_smoothing=0.0,
+        mixup=0.0,
+        seed=0,
+        train_examples=256,
+        test_examples=100,
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def run(output_dir, console, settings=None, **options):
+    options = {"data_dir": output_dir / "no data"} | options
+    settings = settings or make_settings()
+    return cifar10.run(settings, output_dir=output_dir, console=console, **options)
+
+
+def without_seconds(rows):
+    return [dataclasses.replace(row, seconds=0.0) for row in rows]
+
+
+def step_losses(trainer):
+    losses = []
+    for epoch in range(1, trainer.settings.epochs + 1):
+        trainer.train_epoch(epoch, losses.append)
+    return np.array(losses)
+
+
+def nudged_step_losses(trainer, start, seed, roundings=1):
+    """The same from ``start``, with each weight moved by so many roundings, up, down or not."""
+    rng = np.random.default_rng(seed)
+
+    def nudge(x):
+        return x * (1 + roundings * EPS * rng.integers(-1, 2, x.shape).astype(np.float32))
+
+    nnx.update(trainer.modules, jax.tree.map(jnp.array, start))
+    weights = nnx.state(trainer.model, nnx.Param)
+    nnx.update(trainer.model, jax.tree.map(nudge, weights))
+    return step_losses(trainer)
+
+
+@pytest.mark.parametrize("changes", [{}, {"label_smoothing": 0.1, "mixup": 0.2}], ids=repr)
+def test_jaxce_and_optax_follow_the_same_curve(changes):
+    """To within the loss's own rounding, and what training makes of roundings.
+
+    The first is 16 ε of the loss. The second is measured: how far optax's curve moves when the
+    initial weights do, by one rounding each. Eight times the farthest of three such curves so far
+    allows for our having drawn only three.
+    """
+    data = cifar10_data.load_digits().first(1024, 100)
+    trainer = cifar10.Trainer(data, make_settings(loss="optax", **changes))
+    start = jax.tree.map(np.array, nnx.state(trainer.modules))  # copies: training donates its own
+    optax_losses = step_losses(trainer)
+    nudged = [nudged_step_losses(trainer, start, seed) for seed in range(3)]
+    spread = np.maximum.accumulate(np.max(np.abs(nudged - optax_losses), axis=0))
+    allowed = 16 * EPS * optax_losses + 8 * spread
+
+    jaxce_losses = step_losses(cifar10.Trainer(data, make_settings(loss="jaxce", **changes)))
+    assert len(jaxce_losses) == 32
+    assert jaxce_losses[-1] < 0.9 * jaxce_losses[0]  # there is a curve to follow
+    assert (np.abs(jaxce_losses - optax_losses) <= allowed).all()
+
+    # The tolerance tells apart what it should: weights that differ in the fourth digit.
+    other_losses = nudged_step_losses(trainer, start, seed=3, roundings=1000)
+    assert (np.abs(other_losses - optax_losses) > allowed).mean() > 0.5
+
+
+def test_an_epoch_sees_every_example_once_in_a_new_order():
+    data = cifar10_data.load_digits().first(256, 100)
+    trainer = cifar10.Trainer(data, make_settings(batch_size=50))
+    first, again, second = (np.concatenate(trainer.batches(epoch)) for epoch in (1, 1, 2))
+    assert len(first) == 250
+    assert len(np.unique(first)) == 250
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).any()
+
+
+def test_testing_weighs_examples_alike_in_a_last_short_batch(monkeypatch):
+    data = cifar10_data.load_digits().first(256, 100)
+    trainer = cifar10.Trainer(data, make_settings())
+    at_once = trainer.test()
+    monkeypatch.setattr(cifar10, "EVALUATION_BATCH", 30)
+    np.testing.assert_allclose(trainer.test(), at_once, rtol=16 * EPS)
+
+
+def test_resuming_gives_the_curve_of_one_run(tmp_path, no_network, console):
+    settings = make_settings(epochs=4, mixup=0.2)  # mixup, so that random numbers matter
+    straight = run(tmp_path / "straight", console, settings)
+    half = run(tmp_path / "parts", console, settings, stop_after=2)
+    whole = run(tmp_path / "parts", console, settings, resume=True)
+    assert [row.epoch for row in half] == [1, 2]
+    assert [row.epoch for row in whole] == [1, 2, 3, 4]
+    assert without_seconds(whole) == without_seconds(straight)
+
+    histories = [json.loads((tmp_path / d / "history.json").read_text()) for d in ("straight", "parts")]
+    assert histories[0]["start_loss"] == histories[1]["start_loss"]
+
+
+def test_resuming_needs_a_checkpoint_of_the_same_run(tmp_path, no_network, console):
+    with pytest.raises(cifar10.UsageError, match="expected a checkpoint"):
+        run(tmp_path, console, resume=True)
+    run(tmp_path, console, stop_after=1)
+    with pytest.raises(cifar10.UsageError, match=r"expected seed 0.* got 7"):
+        run(tmp_path, console, make_settings(seed=7), resume=True)
+    with pytest.raises(cifar10.UsageError, match=r"expected loss jaxce.* got optax"):
+        run(tmp_path, console, make_settings(loss="optax"), resume=True)
+
+
+def test_resuming_for_more_epochs_says_what_becomes_of_the_schedule(tmp_path, no_network, console):
+    run(tmp_path, console, make_settings(epochs=1))
+    assert "planned" not in output(console)
+    rows = run(tmp_path, console, make_settings(epochs=2), resume=True)
+    assert [row.epoch for row in rows] == [1, 2]
+    assert "planned for 1 epochs and now follows a plan for 2" in output(console)
+
+
+def test_a_new_run_replaces_the_checkpoint_of_a_longer_one(tmp_path, no_network, console):
+    run(tmp_path, console)
+    run(tmp_path, console, stop_after=1)
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.epoch == 1
+    assert len(checkpoint.record()["rows"]) == 1
+
+
+@pytest.mark.parametrize(("recipe", "width"), [("demo", 16), ("full", 4)])
+def test_recipes_start_near_chance_and_learn(tmp_path, no_network, console, recipe, width):
+    settings = make_settings(recipe=recipe, width=width, label_smoothing=0.1, batch_size=32)
+    rows = run(tmp_path, console, settings)
+    assert "ln 10" in output(console)
+    assert "Warning" not in output(console)
+    assert rows[-1].train_loss < min(rows[0].train_loss, math.log(10))
+
+
+# Reports.
+
+
+def test_writes_history_and_curves(tmp_path, no_network, console):
+    rows = run(tmp_path, console)
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert history["arguments"] == dataclasses.asdict(make_settings())
+    assert history["data"].startswith("digits: 256 images to train on, 100 to test on")
+    assert history["versions"]["jax"] == jax.__version__
+    assert history["machine"]["cpu_count"] >= 1
+    assert history["chance_loss"] == pytest.approx(2.302585092994046)
+    assert [row["train_loss"] for row in history["epochs"]] == [row.train_loss for row in rows]
+    for row in history["epochs"]:
+        assert row["skill"] == pytest.approx(1 - row["test_loss"] / 2.302585092994046)
+
+    picture = imread(tmp_path / "curves.png")
+    assert picture.shape[:2] == (480, 1200)
+    assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10
+
+
+def test_prints_a_row_for_each_epoch(tmp_path, no_network, console):
+    rows = run(tmp_path, console)
+    lines = output(console).splitlines()
+    table = lines[lines.index(cifar10_report.HEADER) + 1 :][: len(rows)]
+    for row, line in zip(rows, table, strict=True):
+        epoch, train_loss, test_loss, accuracy, skill, _ = line.split()
+        assert int(epoch) == row.epoch
+        assert float(train_loss) == pytest.approx(row.train_loss, abs=5e-5)
+        assert float(test_loss) == pytest.approx(row.test_loss, abs=5e-5)
+        assert float(accuracy.rstrip("%")) == pytest.approx(100 * row.test_accuracy, abs=5e-3)
+        assert float(skill) == pytest.approx(1 - row.test_loss / math.log(10), abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "warning"),
+    [
+        (2.30, None),
+        (2.79, None),
+        (2.81, "too large"),
+        (math.nan, "too large"),
+        (1.81, None),
+        (1.79, "seen nothing"),
+    ],
+)
+def test_warns_when_the_loss_at_the_start_is_far_from_chance(loss, warning):
+    message = cifar10_report.start_message(loss)
+    assert "ln 10 = 2.3026" in message
+    assert f"{loss:.4f}" in message
+    assert ("Warning" in message) == (warning is not None)
+    assert (warning or "") in message
+
+
+# The command line.
+
+
+def test_recipes_fill_in_what_is_not_given():
+    parse = cifar10.make_parser().parse_args
+    settings = cifar10.settings_from(parse(["--recipe", "full", "--epochs", "3"]))
+    full = cifar10.RECIPES["full"]
+    assert (settings.epochs, settings.width) == (3, full.width)
+    assert settings.label_smoothing == full.label_smoothing
+    assert settings.learning_rate == full.learning_rate
+    assert settings.train_examples is None
+
+    unsmoothed = cifar10.settings_from(parse(["--recipe", "full", "--label-smoothing", "0"]))
+    assert unsmoothed.label_smoothing == 0
+    halved = cifar10.settings_from(parse(["--batch-size", "32"]))
+    assert halved.learning_rate == cifar10.RECIPES["demo"].learning_rate / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--epochs", "0"], "--epochs: expected a whole number from 1 up, got '0'"),
+        (["--batch-size", "many"], "--batch-size: expected a whole number from 1 up, got 'many'"),
+        (["--label-smoothing", "1"], "expected a number from 0 to below 1, got '1'"),
+        (["--mixup", "nan"], "--mixup: expected a finite number from 0 up, got 'nan'"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 up, got '-1'"),
+        (["--loss", "torch"], "invalid choice: 'torch'"),
+    ],
+)
+def test_refuses_bad_arguments(arguments, complaint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cifar10.main(arguments)
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_program_ends_with_one_line_for_a_mistake(tmp_path, no_network, capsys):
+    paths = ["--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "run")]
+    assert cifar10.main([*paths, "--batch-size", "2000"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: --batch-size: expected at most 1437")
+    assert errors.count("\n") == 1
