@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, NoReturn
 
 import jax
@@ -17,17 +16,32 @@ def fail(kind: type[Exception], name: str, expected: str, got: str, hint: str = 
 
 
 def describe(x: Any) -> str:
-    return f"{jnp.result_type(x)} of shape {jnp.shape(x)}"
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        return f"{x.dtype} of shape {x.shape}"
+    if isinstance(x, (int, float, complex)):
+        return f"{x!r}, {jnp.result_type(x)} of shape ()"
+    return f"{x!r} ({type(x).__name__})" if isinstance(x, str) else type(x).__name__
 
 
 def is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic, Real))
+    """Whether `x` is an array of numbers or bools, or a Python number that JAX takes for one."""
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        return jnp.issubdtype(x.dtype, np.number) or x.dtype == np.bool_
+    return isinstance(x, (int, float, complex))
+
+
+def is_real(x: Any) -> bool:
+    return is_array(x) and not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+
+
+def is_integers(x: Any) -> bool:
+    return is_array(x) and jnp.issubdtype(jnp.result_type(x), jnp.integer)
 
 
 def float_array(name: str, x: Any) -> jax.Array:
     """`x` as a JAX array of floats with at least one axis."""
     if not is_array(x):
-        fail(TypeError, name, "an array of floats", type(x).__name__, f"Convert it with jnp.asarray({name}).")
+        fail(TypeError, name, "an array of floats", describe(x), f"Convert it with jnp.asarray({name}).")
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         fail(TypeError, name, "an array of floats", describe(x), f"Convert it with {name}.astype(jnp.float32).")
@@ -51,9 +65,9 @@ def class_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     return axes
 
 
-def num_classes(size: int) -> None:
+def num_classes(name: str, size: int) -> None:
     if size == 0:
-        fail(ValueError, "logits", "at least one class", "a class axis of length 0")
+        fail(ValueError, name, "at least one class", "a class axis of length 0")
 
 
 def indices(name: str, x: jax.Array, batch: tuple[int, ...], full: tuple[int, ...], sparse: bool = False) -> None:
@@ -61,7 +75,9 @@ def indices(name: str, x: jax.Array, batch: tuple[int, ...], full: tuple[int, ..
     if x.shape == shape and not (sparse and x.shape[-1:] == (0,)):
         return
     hint = ""
-    if x.shape == full and not sparse:
+    if sparse and x.shape == batch:
+        hint = f"For one class per example, give them a last axis: {name}[..., None]."
+    elif x.shape == full and not sparse:
         hint = "If these are one-hot labels, make them floats: targets.astype(logits.dtype)."
     elif math.prod(x.shape) == math.prod(batch):
         hint = f"Labels are never broadcast; reshape them: {name}.reshape({batch})."
@@ -82,8 +98,7 @@ def probabilities(name: str, x: jax.Array, shape: tuple[int, ...]) -> None:
 def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: Sequence[int]) -> jax.Array:
     """`where`, with as many axes as the logits. A mask of the batch shape (optax) takes whole examples out."""
     if not is_array(mask) or jnp.result_type(mask) != jnp.bool_:
-        got = describe(mask) if is_array(mask) else type(mask).__name__
-        fail(TypeError, "where", "an array of bools", got, "Convert it with where.astype(bool).")
+        fail(TypeError, "where", "an array of bools", describe(mask), "Convert it with where.astype(bool).")
     mask = jnp.asarray(mask)
     as_classes = broadcastable(mask.shape, full)
     as_examples = mask.shape == batch and mask.ndim < len(full)
@@ -108,8 +123,8 @@ def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: S
 
 
 def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
-    if not is_array(x):
-        fail(TypeError, "weights", "an array of numbers", type(x).__name__, "Convert it with jnp.asarray(weights).")
+    if not is_real(x):
+        fail(TypeError, "weights", "an array of real numbers", describe(x), "Convert it with jnp.asarray(weights).")
     if not broadcastable(jnp.shape(x), batch):
         fail(
             ValueError,
@@ -122,12 +137,12 @@ def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
 
 
 def class_weights(x: Any, size: int) -> jax.Array:
-    if not is_array(x):
+    if not is_real(x):
         fail(
             TypeError,
             "class_weights",
-            "an array of numbers",
-            type(x).__name__,
+            "an array of real numbers",
+            describe(x),
             "Convert it with jnp.asarray(class_weights).",
         )
     if jnp.shape(x) != (size,):
@@ -143,31 +158,29 @@ def class_weights(x: Any, size: int) -> jax.Array:
 
 def scalar(name: str, x: Any, low: float, high: float) -> None:
     """A number or a scalar array; Python and NumPy numbers must lie in [low, high]."""
-    if not is_array(x) or isinstance(x, bool) or jnp.result_type(x) == jnp.bool_:
-        fail(TypeError, name, "a number", repr(x))
+    if not is_real(x) or jnp.result_type(x) == jnp.bool_:
+        fail(TypeError, name, "a real number", describe(x))
     if jnp.shape(x) != ():
         fail(ValueError, name, "one number", describe(x))
-    if isinstance(x, (Real, np.generic, np.ndarray)) and not low <= float(x) <= high:
+    if not isinstance(x, jax.Array) and not low <= float(x) <= high:
         bounds = f"between {low:g} and {high:g}" if math.isfinite(high) else f">= {low:g}"
         fail(ValueError, name, f"a number {bounds}", repr(x))
 
 
 def softcap(x: Any) -> None:
-    if isinstance(x, bool) or not isinstance(x, Real):
-        fail(
-            TypeError,
-            "logit_softcap",
-            "None or a Python number",
-            repr(x) if is_array(x) else type(x).__name__,
-            "It is a constant of the compiled program.",
-        )
+    if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
+        hint = "It is a constant of the compiled program."
+        fail(TypeError, "logit_softcap", "None or a Python number", describe(x), hint)
     if not 0 < float(x) < math.inf:
-        fail(ValueError, "logit_softcap", "a number > 0", repr(x), "None means no cap.")
+        fail(ValueError, "logit_softcap", "a finite number > 0", repr(x), "None means no cap.")
 
 
-def integer(name: str, x: Any) -> None:
+def ignore_index(x: Any, dtype: jnp.dtype) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
-        fail(TypeError, name, "a Python int", repr(x))
+        fail(TypeError, "ignore_index", "None or a Python int", describe(x))
+    limits = jnp.iinfo(dtype)
+    if not limits.min <= x <= limits.max:
+        fail(ValueError, "ignore_index", f"a number that a label can be ({dtype})", repr(x))
 
 
 def one_of(name: str, x: Any, choices: Sequence[Any]) -> None:

@@ -76,7 +76,6 @@ def checked_options(
     if logit_softcap is not None:
         checks.softcap(logit_softcap)
     if ignore_index is not None:
-        checks.integer("ignore_index", ignore_index)
         if targets.indices is None:
             checks.fail(
                 ValueError,
@@ -85,6 +84,7 @@ def checked_options(
                 repr(ignore_index),
                 "Give the examples to leave out weight 0: weights=mask.",
             )
+        checks.ignore_index(ignore_index, targets.indices.dtype)
     dtype = working_dtype(dtype)
     options = Options(
         label_smoothing=not _is_zero(label_smoothing),

@@ -44,7 +44,7 @@ def cross_entropy_from_probs(
     Returns:
       The loss in nats, float64 for float64 probabilities and float32 for all others. A target on a class of
       probability 0 gives +inf; a target probability of 0 contributes 0 there. A probability that is NaN, negative
-      or above 1 gives NaN, and so does a label outside 0..V-1.
+      or above 1, target or not, makes its row NaN, and so does a label outside 0..V-1.
 
     Raises:
       TypeError, ValueError: an argument of the wrong dtype, shape or range.
@@ -62,7 +62,7 @@ def cross_entropy_from_probs(
     axes = checks.class_axes(axis, probs.ndim)
     batch = tuple(n for i, n in enumerate(probs.shape) if i not in axes)
     num_classes = math.prod(probs.shape[i] for i in axes)
-    checks.num_classes(num_classes)
+    checks.num_classes("probs", num_classes)
     by_kind = sort_by_kind(targets, batch, probs.shape)
     options, amounts = checked_options(
         by_kind,
@@ -83,12 +83,13 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     p, targets, _ = classes_last(p, targets, None, axes)
     dtype = working_dtype(p.dtype)
     p = p.astype(dtype)
-    slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
-    p = jnp.where(p <= 1 + slack, p, jnp.nan)
     batch = p.shape[:-1]
     unused = ~counted_examples(targets, batch, options)
     if amounts.weights is not None:
         unused |= jnp.broadcast_to(amounts.weights, batch) == 0
+    slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
+    valid = jnp.all((p >= 0) & (p <= 1 + slack), -1)
+    p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
 
     if targets.indices is not None:
         entries = entry_probs(targets, options.ignore_index)

@@ -46,7 +46,7 @@ class Targets(NamedTuple):
     probs: Array | None
 
 
-def sort_by_kind(targets: Any, batch: tuple[int, ...], full: tuple[int, ...]) -> Targets:
+def sort_by_kind(targets: Any, batch: tuple[int, ...], full: tuple[int, ...], name: str = "targets") -> Targets:
     """Checks `targets` against logits of shape `full`, `batch` without the class axes."""
     if isinstance(targets, SparseTargets):
         indices = _integers("targets.indices", targets.indices)
@@ -54,36 +54,26 @@ def sort_by_kind(targets: Any, batch: tuple[int, ...], full: tuple[int, ...]) ->
         probs = checks.float_array("targets.probs", targets.probs)
         checks.probabilities("targets.probs", probs, indices.shape)
         return Targets(indices, probs)
-    if not checks.is_array(targets):
-        checks.fail(
-            TypeError,
-            "targets",
-            "class indices, probabilities or jaxce.SparseTargets",
-            type(targets).__name__,
-            "Convert lists with jnp.asarray(targets).",
-        )
-    kind = jnp.result_type(targets)
-    if jnp.issubdtype(kind, jnp.integer):
-        indices = _integers("targets", targets)
-        checks.indices("targets", indices, batch, full)
+    if checks.is_integers(targets):
+        indices = _integers(name, targets)
+        checks.indices(name, indices, batch, full)
         return Targets(indices[..., None], None)
-    if not jnp.issubdtype(kind, jnp.floating):
+    if not checks.is_array(targets) or not jnp.issubdtype(jnp.result_type(targets), jnp.floating):
         checks.fail(
             TypeError,
-            "targets",
-            "integers (class indices) or floats (probabilities)",
+            name,
+            "class indices (integers), probabilities (floats) or jaxce.SparseTargets",
             checks.describe(targets),
-            "Convert one-hot bools with targets.astype(logits.dtype).",
+            f"Convert lists with jnp.asarray({name}), one-hot bools with {name}.astype(logits.dtype).",
         )
     probs = jnp.asarray(targets)
-    checks.probabilities("targets", probs, full)
+    checks.probabilities(name, probs, full)
     return Targets(None, probs)
 
 
 def _integers(name: str, x: Any) -> Array:
-    if not checks.is_array(x) or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-        got = checks.describe(x) if checks.is_array(x) else type(x).__name__
-        checks.fail(TypeError, name, "an array of integers, class indices", got)
+    if not checks.is_integers(x):
+        checks.fail(TypeError, name, "an array of integers, class indices", checks.describe(x))
     x = jnp.asarray(x)
     # Eight bits hold labels too, but not the numbers of all the classes they are compared with.
     return x if x.dtype == jnp.int64 else x.astype(jnp.int32)
