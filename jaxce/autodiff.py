@@ -42,10 +42,13 @@ def _row_terms(
     if where is not None:
         z = jnp.where(where, z, -jnp.inf)
     z_max = lax.stop_gradient(jnp.max(z))
-    first = jnp.arange(z.size) == jnp.argmax(z)
     d = z - z_max
-    # 1 + Σ_{j≠first} exp(d_j), with the digits of the sum: expm1(d_first) is 0, and carries the derivative.
-    log_sum = jnp.log1p(jnp.sum(jnp.where(first, jnp.expm1(jnp.where(first, d, 0)), jnp.exp(d))))
+    first = (d == 0) & (jnp.cumsum((d == 0).astype(jnp.int32)) == 1)
+    # log Σ exp(d) as log1p of the sum without the first maximum, whose expm1(d) is 0 and carries the derivative; or
+    # plainly, where computed logits were rounded twice in two ways and none is equal to the maximum.
+    others = jnp.sum(jnp.where(first, jnp.expm1(jnp.where(first, d, 0)), jnp.exp(d)))
+    found = jnp.any(first)
+    log_sum = jnp.where(found, jnp.log1p(others), jnp.log(jnp.where(found, 1, others)))
     surprise = log_sum - d  # −log p of each class
     p = jnp.exp(-surprise)
 

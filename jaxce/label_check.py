@@ -7,10 +7,12 @@ without effects, that checkify is told how to read.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -35,6 +37,7 @@ _check_p.def_impl(_identity)
 _check_p.def_abstract_eval(_identity)
 mlir.register_lowering(_check_p, mlir.lower_fun(_identity, multiple_results=False))
 batching.defbroadcasting(_check_p)
+jet.jet_rules[_check_p] = functools.partial(jet.zero_prop, _check_p)
 
 
 def _checkify_rule(*args, num_classes: int):

@@ -196,9 +196,12 @@ def _shift(maximum: Array) -> Array:
 def normalizer(logits: Array) -> tuple[Array, Array]:
     """`max` and `rest` of each row.
 
-    With e = exp(z − max), min(e, (1 − e)/u) is e for every e < 1 and 0 where e = 1 (u is half of the machine
-    epsilon: no float lies between 1 − u and 1), so its sum is the mass below the maximum, exactly, and the plain sum
-    tells how often the maximum occurs. From a sum of 3 up, taking 1 away from the plain sum is as exact.
+    The plain sum Σ e, e = exp(z − max), holds the 1 of the maximum, beside which small terms lose their digits. So the
+    terms are also summed in two parts, low = min(e, max(3 − 4e, 0)) and high = e − low: up to e = 0.6 all of a term is
+    low, from 0.75 on all of it is high. If the plain sum is below 1.5 then the maximum is the only high term and
+    Σ low is `rest`; below 3 there are at most four high terms and `rest` is Σ low + (Σ high − 1); above, and for up to
+    16 classes from 1.5 on, taking 1 away from the plain sum is as exact. No term is told apart by being equal to the maximum: a compiler that computes
+    the logits anew for each pass may round them differently.
     """
     return lax.platform_dependent(logits, cpu=_normalizer_cpu, default=_normalizer_fused)
 
@@ -206,7 +209,8 @@ def normalizer(logits: Array) -> tuple[Array, Array]:
 def _normalizer_fused(logits: Array) -> tuple[Array, Array]:
     maximum = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
     e = _exponentials(logits, maximum)
-    return maximum, _rest(jnp.sum(e, -1), _mass_below_one(e))
+    total = jnp.sum(e, -1)
+    return maximum, _rest(total, jnp.sum(_low(e), -1), jnp.sum(_high(e), -1) if _many(logits) else None)
 
 
 def _normalizer_cpu(logits: Array) -> tuple[Array, Array]:
@@ -214,27 +218,46 @@ def _normalizer_cpu(logits: Array) -> tuple[Array, Array]:
 
     It runs a reduction of an elementwise expression through a fast library kernel if the reduction is the
     expression's only reader, and writes the expression to memory otherwise. So the maximum is taken in the logits' own
-    dtype, the second sum reads the logits anew, and it is skipped while no row needs it.
+    dtype, the further sums read the logits anew, and they are skipped while no row needs them.
     """
     maximum = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
     total = jnp.sum(_exponentials(logits, maximum), -1)
 
-    def exact() -> Array:
-        return _rest(total, _mass_below_one(_exponentials(*_reread(logits, maximum))))
+    def in_parts() -> Array:
+        again = _reread(logits, maximum)
+        low = jnp.sum(_low(_exponentials(*again)), -1)
+        high = jnp.sum(_high(_exponentials(*_reread(*again))), -1) if _many(logits) else None
+        return _rest(total, low, high)
 
-    return maximum, lax.cond(jnp.any(total < 3), exact, lambda: total - 1)
+    return maximum, lax.cond(jnp.any(total < (3 if _many(logits) else 1.5)), in_parts, lambda: total - 1)
 
 
-def _mass_below_one(e: Array) -> Array:
-    return jnp.sum(jnp.minimum(e, (1 - e) * (2 / jnp.finfo(e.dtype).eps)), -1)
+def _many(logits: Array) -> bool:
+    """Whether so many terms are summed that the rounding beside a 1 adds up to more than the terms' own."""
+    return logits.shape[-1] > 16
 
 
-def _rest(total: Array, below: Array) -> Array:
-    return jnp.where(total < 3, below + (jnp.round(total - below) - 1), total - 1)
+def _low(e: Array) -> Array:
+    return jnp.minimum(e, jnp.maximum(3 - 4 * e, 0))
+
+
+def _high(e: Array) -> Array:
+    """max(min(e, 5e − 3), 0), in other constants than `_low`: XLA on CPU would write a shared one out in full."""
+    x = jnp.minimum(e, 5 * (e - 0.6))
+    return (x + jnp.abs(x)) / 2
+
+
+def _rest(total: Array, low: Array, high: Array | None) -> Array:
+    plain = total - 1
+    rest = jnp.where(total < 1.5, low, plain if high is None else jnp.where(total < 3, low + (high - 1), plain))
+    return jnp.where(total < 0.5, plain, rest)  # no class at all: the sum is 0
 
 
 def _reread(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays, for one more pass over them. On CPU the passes must not share a subexpression (see above)."""
+    """The arrays, for one more pass over them. On CPU the passes must not share a subexpression (see above).
+
+    To the compiler two rereadings of the same arrays are one: for a third pass, reread what the second has read.
+    """
     return lax.platform_dependent(*arrays, cpu=lambda *a: lax.optimization_barrier(a), default=lambda *a: a)
 
 
