@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from benchmarks import dense
+from benchmarks import dense, readme
 
 
 def main() -> None:
@@ -16,6 +16,8 @@ def main() -> None:
     command.add_argument("--seconds", type=float, default=2.0, help="time for each comparison (default: 2)")
     command.add_argument("--smoke", action="store_true", help="the two smallest shapes, quickly, to see that it runs")
     command.set_defaults(run=dense.run)
+    command = commands.add_parser("readme", help="write the tables of the README from the results files")
+    command.set_defaults(run=readme.run)
     args = parser.parse_args()
     args.run(args)
 

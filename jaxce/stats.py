@@ -200,8 +200,8 @@ def normalizer(logits: Array) -> tuple[Array, Array]:
     terms are also summed in two parts, low = min(e, max(3 − 4e, 0)) and high = e − low: up to e = 0.6 all of a term is
     low, from 0.75 on all of it is high. If the plain sum is below 1.5 then the maximum is the only high term and
     Σ low is `rest`; below 3 there are at most four high terms and `rest` is Σ low + (Σ high − 1); above, and for up to
-    16 classes from 1.5 on, taking 1 away from the plain sum is as exact. No term is told apart by being equal to the maximum: a compiler that computes
-    the logits anew for each pass may round them differently.
+    16 classes from 1.5 on, taking 1 away from the plain sum is as exact. No term is told apart by being equal to the
+    maximum: a compiler that computes the logits anew for each pass may round them differently.
     """
     return lax.platform_dependent(logits, cpu=_normalizer_cpu, default=_normalizer_fused)
 
