@@ -100,26 +100,18 @@ def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: S
     if not is_array(mask) or jnp.result_type(mask) != jnp.bool_:
         fail(TypeError, "where", "an array of bools", describe(mask), "Convert it with where.astype(bool).")
     mask = jnp.asarray(mask)
-    as_classes = broadcastable(mask.shape, full)
-    as_examples = mask.shape == batch and mask.ndim < len(full)
-    if as_classes and as_examples and max(mask.shape, default=1) > 1:
-        fail(
-            ValueError,
-            "where",
-            "a mask that can be read in one way",
-            f"shape {mask.shape} beside logits {full}",
-            "Give it as many axes as logits: where[None, :] for classes, where[:, None] for examples.",
-        )
-    if as_classes:
-        return mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape)
-    if as_examples:
-        return jnp.expand_dims(mask, tuple(axes))
-    fail(
-        ValueError,
-        "where",
-        f"a shape that broadcasts to that of logits, {full}, or the batch shape {batch}",
-        describe(mask),
-    )
+    readings = []
+    if broadcastable(mask.shape, full):
+        readings.append(mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape))
+    if mask.shape == batch and mask.ndim < len(full):
+        readings.append(jnp.expand_dims(mask, tuple(axes)))
+    if not readings:
+        expected = f"a shape that broadcasts to that of logits, {full}, or the batch shape {batch}"
+        fail(ValueError, "where", expected, describe(mask))
+    if len({reading.shape for reading in readings}) > 1:
+        hint = "Give it as many axes as logits: where[None, :] for classes, where[:, None] for examples."
+        fail(ValueError, "where", "a mask that can be read in one way", f"{describe(mask)} beside logits {full}", hint)
+    return readings[0]
 
 
 def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:

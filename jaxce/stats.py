@@ -199,9 +199,9 @@ def normalizer(logits: Array) -> tuple[Array, Array]:
     The plain sum Σ e, e = exp(z − max), holds the 1 of the maximum, beside which small terms lose their digits. So the
     terms are also summed in two parts, low = min(e, max(3 − 4e, 0)) and high = e − low: up to e = 0.6 all of a term is
     low, from 0.75 on all of it is high. If the plain sum is below 1.5 then the maximum is the only high term and
-    Σ low is `rest`; below 3 there are at most four high terms and `rest` is Σ low + (Σ high − 1); above, and for up to
-    16 classes from 1.5 on, taking 1 away from the plain sum is as exact. No term is told apart by being equal to the
-    maximum: a compiler that computes the logits anew for each pass may round them differently.
+    Σ low is `rest`; below 3 there are at most four high terms and `rest` is Σ low + (Σ high − 1); above, taking 1 away
+    from the plain sum is as exact. No term is told apart by being equal to the maximum: a compiler that computes the
+    logits anew for each pass may round them differently.
     """
     return lax.platform_dependent(logits, cpu=_normalizer_cpu, default=_normalizer_fused)
 
@@ -210,7 +210,7 @@ def _normalizer_fused(logits: Array) -> tuple[Array, Array]:
     maximum = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
     e = _exponentials(logits, maximum)
     total = jnp.sum(e, -1)
-    return maximum, _rest(total, jnp.sum(_low(e), -1), jnp.sum(_high(e), -1) if _many(logits) else None)
+    return maximum, _rest(total, jnp.sum(_low(e), -1), jnp.sum(_high(e), -1))
 
 
 def _normalizer_cpu(logits: Array) -> tuple[Array, Array]:
@@ -226,15 +226,10 @@ def _normalizer_cpu(logits: Array) -> tuple[Array, Array]:
     def in_parts() -> Array:
         again = _reread(logits, maximum)
         low = jnp.sum(_low(_exponentials(*again)), -1)
-        high = jnp.sum(_high(_exponentials(*_reread(*again))), -1) if _many(logits) else None
+        high = jnp.sum(_high(_exponentials(*_reread(*again))), -1)
         return _rest(total, low, high)
 
-    return maximum, lax.cond(jnp.any(total < (3 if _many(logits) else 1.5)), in_parts, lambda: total - 1)
-
-
-def _many(logits: Array) -> bool:
-    """Whether so many terms are summed that the rounding beside a 1 adds up to more than the terms' own."""
-    return logits.shape[-1] > 16
+    return maximum, lax.cond(jnp.any(total < 3), in_parts, lambda: total - 1)
 
 
 def _low(e: Array) -> Array:
@@ -247,10 +242,9 @@ def _high(e: Array) -> Array:
     return (x + jnp.abs(x)) / 2
 
 
-def _rest(total: Array, low: Array, high: Array | None) -> Array:
-    plain = total - 1
-    rest = jnp.where(total < 1.5, low, plain if high is None else jnp.where(total < 3, low + (high - 1), plain))
-    return jnp.where(total < 0.5, plain, rest)  # no class at all: the sum is 0
+def _rest(total: Array, low: Array, high: Array) -> Array:
+    in_parts = jnp.where(total < 1.5, low, low + (high - 1))
+    return jnp.where((total >= 0.5) & (total < 3), in_parts, total - 1)  # below 0.5 there is no class at all: 0 − 1
 
 
 def _reread(*arrays: Array) -> tuple[Array, ...]:
