@@ -1,0 +1,476 @@
+"""Every wrong argument gives an error for the person who made it: "name: expected X; got Y. hint"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxce
+from jaxce import SparseTargets, checks
+
+LOGITS = np.zeros((2, 3), np.float32)
+LABELS = np.array([0, 1], np.int32)
+PROBS = np.full((2, 3), 1 / 3, np.float32)
+
+
+def loss(logits: Any = LOGITS, targets: Any = LABELS, axis: Any = -1, where: Any = None, **options: Any) -> Any:
+    return jaxce.softmax_cross_entropy(logits, targets, axis, where, **options)
+
+
+class Wrong(NamedTuple):
+    """A call, and what each part of its message must say (regular expressions)."""
+
+    call: Callable[[], Any]
+    kind: type[Exception]
+    name: str
+    expected: str
+    got: str
+    hint: str = ""
+
+
+def keys(*shape: int) -> jax.Array:
+    return jax.random.split(jax.random.key(0), shape)
+
+
+LOGITS_CASES = {
+    "list": Wrong(lambda: loss([[0.0, 1.0, 2.0]] * 2), TypeError, "logits", "array of floats", "list", "jnp.asarray"),
+    "none": Wrong(lambda: loss(None), TypeError, "logits", "array of floats", "NoneType"),
+    "string": Wrong(lambda: loss("x"), TypeError, "logits", "array of floats", "str"),
+    "string array": Wrong(lambda: loss(np.full((2, 3), "a")), TypeError, "logits", "array of floats", "<U1"),
+    "object array": Wrong(lambda: loss(LOGITS.astype(object)), TypeError, "logits", "array of floats", "object"),
+    "ints": Wrong(
+        lambda: loss(LOGITS.astype(np.int32)), TypeError, "logits", "floats", r"int32 of shape \(2, 3\)", "astype"
+    ),
+    "complex": Wrong(lambda: loss(LOGITS.astype(np.complex64)), TypeError, "logits", "floats", "complex64"),
+    "bools": Wrong(lambda: loss(LOGITS.astype(bool)), TypeError, "logits", "floats", "bool"),
+    "keys": Wrong(lambda: loss(keys(2, 3)), TypeError, "logits", "floats", "key<fry>"),
+    "scalar": Wrong(lambda: loss(jnp.float32(1), np.array(0)), ValueError, "logits", "one axis", r"shape \(\)"),
+    "Python scalar": Wrong(lambda: loss(1.0, 0), ValueError, "logits", "one axis", r"shape \(\)"),
+    "no classes": Wrong(lambda: loss(LOGITS[:, :0]), ValueError, "logits", "at least one class", "length 0"),
+}
+
+TARGETS_CASES = {
+    "list": Wrong(lambda: loss(targets=[0, 1]), TypeError, "targets", "class indices", "list", "jnp.asarray"),
+    "none": Wrong(lambda: loss(targets=None), TypeError, "targets", "class indices", "NoneType"),
+    "string": Wrong(lambda: loss(targets="0"), TypeError, "targets", "class indices", "str"),
+    "string array": Wrong(lambda: loss(targets=np.array(["a", "b"])), TypeError, "targets", "class indices", "<U1"),
+    "tuple": Wrong(lambda: loss(targets=(LABELS, PROBS)), TypeError, "targets", "SparseTargets", "tuple"),
+    "complex": Wrong(lambda: loss(targets=PROBS.astype(np.complex64)), TypeError, "targets", "integers", "complex64"),
+    "keys": Wrong(lambda: loss(targets=keys(2)), TypeError, "targets", "integers", "key<fry>"),
+    "one-hot bools": Wrong(
+        lambda: loss(targets=np.eye(2, 3) > 0), TypeError, "targets", "integers", r"bool of shape \(2, 3\)", "one-hot"
+    ),
+    "one-hot integers": Wrong(
+        lambda: loss(targets=np.eye(2, 3, dtype=np.int32)),
+        ValueError,
+        "targets",
+        r"shape \(2,\)",
+        r"int32 of shape \(2, 3\)",
+        r"one-hot labels, make them floats: targets\.astype\(logits\.dtype\)",
+    ),
+    "labels [B, 1]": Wrong(
+        lambda: loss(targets=LABELS[:, None]),
+        ValueError,
+        "targets",
+        r"shape \(2,\)",
+        r"shape \(2, 1\)",
+        r"never broadcast.*targets\.reshape\(\(2,\)\)",
+    ),
+    "one label for all": Wrong(
+        lambda: loss(targets=np.int32(0)), ValueError, "targets", r"shape \(2,\)", r"int32 of shape \(\)"
+    ),
+    "too many labels": Wrong(lambda: loss(targets=np.zeros(3, int)), ValueError, "targets", r"\(2,\)", r"\(3,\)"),
+    "probabilities [1, V]": Wrong(
+        lambda: loss(targets=PROBS[:1]),
+        ValueError,
+        "targets",
+        r"shape \(2, 3\)",
+        r"float32 of shape \(1, 3\)",
+        "never broadcast",
+    ),
+    "probabilities [V]": Wrong(lambda: loss(targets=PROBS[0]), ValueError, "targets", r"\(2, 3\)", r"\(3,\)", "never"),
+    "labels as floats": Wrong(
+        lambda: loss(targets=LABELS.astype(np.float32)), ValueError, "targets", r"\(2, 3\)", r"\(2,\)", "integer dtype"
+    ),
+}
+
+SPARSE_CASES = {
+    "indices [B]": Wrong(
+        lambda: loss(targets=SparseTargets(LABELS, np.ones(2, np.float32))),
+        ValueError,
+        "targets.indices",
+        r"batch shape \(2,\) and one more axis",
+        r"int32 of shape \(2,\)",
+        r"targets\.indices\[\.\.\., None\]",
+    ),
+    "indices []": Wrong(
+        lambda: loss(targets=SparseTargets(np.int32(0), np.float32(1))),
+        ValueError,
+        "targets.indices",
+        "one more axis",
+        r"shape \(\)",
+    ),
+    "indices [1, K]": Wrong(
+        lambda: loss(targets=SparseTargets(LABELS[None], np.ones((1, 2), np.float32))),
+        ValueError,
+        "targets.indices",
+        "one more axis",
+        r"shape \(1, 2\)",
+    ),
+    "K = 0": Wrong(
+        lambda: loss(targets=SparseTargets(np.zeros((2, 0), int), np.zeros((2, 0), np.float32))),
+        ValueError,
+        "targets.indices",
+        "K >= 1",
+        r"shape \(2, 0\)",
+    ),
+    "float indices": Wrong(
+        lambda: loss(targets=SparseTargets(PROBS[:, :1], PROBS[:, :1])),
+        TypeError,
+        "targets.indices",
+        "integers",
+        "float32",
+    ),
+    "list of indices": Wrong(
+        lambda: loss(targets=SparseTargets([[0], [1]], PROBS[:, :1])), TypeError, "targets.indices", "integers", "list"
+    ),
+    "probs [B]": Wrong(
+        lambda: loss(targets=SparseTargets(LABELS[:, None], PROBS[:, 0])),
+        ValueError,
+        "targets.probs",
+        r"shape \(2, 1\)",
+        r"shape \(2,\)",
+        "never broadcast",
+    ),
+    "probs of another K": Wrong(
+        lambda: loss(targets=SparseTargets(LABELS[:, None], PROBS)),
+        ValueError,
+        "targets.probs",
+        r"shape \(2, 1\)",
+        r"shape \(2, 3\)",
+    ),
+    "integer probs": Wrong(
+        lambda: loss(targets=SparseTargets(LABELS[:, None], LABELS[:, None])),
+        TypeError,
+        "targets.probs",
+        "floats",
+        "int32",
+    ),
+    "no probs": Wrong(
+        lambda: loss(targets=SparseTargets(LABELS[:, None], None)), TypeError, "targets.probs", "floats", "NoneType"
+    ),
+}
+
+AXIS_CASES = {
+    "too large": Wrong(lambda: loss(axis=2), ValueError, "axis", "numbers from -2 to 1", "2"),
+    "too small": Wrong(lambda: loss(axis=-3), ValueError, "axis", "numbers from -2 to 1", "-3"),
+    "one of a tuple": Wrong(lambda: loss(axis=(0, 5)), ValueError, "axis", "from -2 to 1", r"\(0, 5\)"),
+    "twice": Wrong(lambda: loss(axis=(0, 0)), ValueError, "axis", "differ", r"\(0, 0\)"),
+    "twice, by two names": Wrong(lambda: loss(axis=(1, -1)), ValueError, "axis", "differ", r"\(1, -1\)"),
+    "none of them": Wrong(lambda: loss(axis=()), TypeError, "axis", "an int or a tuple of ints", r"\(\)"),
+    "float": Wrong(lambda: loss(axis=1.0), TypeError, "axis", "an int", "1.0"),
+    "string": Wrong(lambda: loss(axis="1"), TypeError, "axis", "an int", "'1'"),
+    "list": Wrong(lambda: loss(axis=[1]), TypeError, "axis", "a tuple of ints", r"\[1\]"),
+    "bool": Wrong(lambda: loss(axis=True), TypeError, "axis", "an int", "True"),
+    "array": Wrong(lambda: loss(axis=np.array([1])), TypeError, "axis", "an int", "array"),
+}
+
+WHERE_CASES = {
+    "floats": Wrong(lambda: loss(where=PROBS), TypeError, "where", "bools", r"float32 of shape \(2, 3\)", "astype"),
+    "an int": Wrong(lambda: loss(where=1), TypeError, "where", "bools", "int32"),
+    "list": Wrong(lambda: loss(where=[True, True, False]), TypeError, "where", "bools", "list"),
+    "string": Wrong(lambda: loss(where="all"), TypeError, "where", "bools", "str"),
+    "wrong length": Wrong(
+        lambda: loss(where=np.ones(4, bool)),
+        ValueError,
+        "where",
+        r"broadcasts to that of logits, \(2, 3\), or the batch shape \(2,\)",
+        r"bool of shape \(4,\)",
+    ),
+    "more axes": Wrong(lambda: loss(where=np.ones((1, 2, 3), bool)), ValueError, "where", "broadcasts", r"\(1, 2, 3\)"),
+    "classes or examples": Wrong(
+        lambda: loss(np.zeros((3, 3), np.float32), np.zeros(3, np.int32), where=np.ones(3, bool)),
+        ValueError,
+        "where",
+        "one way",
+        r"shape \(3,\) beside logits \(3, 3\)",
+        r"where\[None, :\] for classes, where\[:, None\] for examples",
+    ),
+}
+
+WEIGHTS_CASES = {
+    "class shape": Wrong(
+        lambda: loss(weights=PROBS), ValueError, "weights", r"batch shape \(2,\)", r"shape \(2, 3\)", "class_weights"
+    ),
+    "[V]": Wrong(lambda: loss(weights=PROBS[0]), ValueError, "weights", r"\(2,\)", r"\(3,\)", "class_weights"),
+    "[B, 1]": Wrong(lambda: loss(weights=PROBS[:, :1]), ValueError, "weights", r"\(2,\)", r"\(2, 1\)"),
+    "list": Wrong(lambda: loss(weights=[1.0, 1.0]), TypeError, "weights", "numbers", "list", "jnp.asarray"),
+    "string array": Wrong(lambda: loss(weights=np.array(["a", "b"])), TypeError, "weights", "numbers", "<U1"),
+    "complex": Wrong(lambda: loss(weights=np.ones(2, np.complex64)), TypeError, "weights", "numbers", "complex64"),
+    "keys": Wrong(lambda: loss(weights=keys(2)), TypeError, "weights", "numbers", "key<fry>"),
+}
+
+CLASS_WEIGHTS_CASES = {
+    "too short": Wrong(
+        lambda: loss(class_weights=np.ones(2)),
+        ValueError,
+        "class_weights",
+        r"shape \(3,\), one weight per class",
+        r"shape \(2,\)",
+        "Weights per example go into weights",
+    ),
+    "scalar": Wrong(lambda: loss(class_weights=2.0), ValueError, "class_weights", r"\(3,\)", r"shape \(\)"),
+    "[1, V]": Wrong(lambda: loss(class_weights=PROBS[:1]), ValueError, "class_weights", r"\(3,\)", r"\(1, 3\)"),
+    "list": Wrong(lambda: loss(class_weights=[1.0] * 3), TypeError, "class_weights", "numbers", "list", "jnp.asarray"),
+    "dict": Wrong(lambda: loss(class_weights={0: 1.0}), TypeError, "class_weights", "numbers", "dict"),
+    "object array": Wrong(
+        lambda: loss(class_weights=np.array([1, 2, None])), TypeError, "class_weights", "numbers", "object"
+    ),
+    "complex": Wrong(
+        lambda: loss(class_weights=np.ones(3, np.complex64)), TypeError, "class_weights", "numbers", "complex64"
+    ),
+    "keys": Wrong(lambda: loss(class_weights=keys(3)), TypeError, "class_weights", "numbers", "key<fry>"),
+}
+
+SCALAR_CASES = {
+    "smoothing above 1": Wrong(
+        lambda: loss(label_smoothing=1.5), ValueError, "label_smoothing", "a number between 0 and 1", r"1\.5"
+    ),
+    "smoothing below 0": Wrong(lambda: loss(label_smoothing=-0.1), ValueError, "label_smoothing", "between", r"-0\.1"),
+    "smoothing NaN": Wrong(lambda: loss(label_smoothing=np.nan), ValueError, "label_smoothing", "between", "nan"),
+    "smoothing per class": Wrong(
+        lambda: loss(label_smoothing=np.array([0.1, 0.2])), ValueError, "label_smoothing", "one number", r"shape \(2,\)"
+    ),
+    "smoothing string": Wrong(lambda: loss(label_smoothing="0.1"), TypeError, "label_smoothing", "number", "'0.1'"),
+    "smoothing None": Wrong(lambda: loss(label_smoothing=None), TypeError, "label_smoothing", "number", "None"),
+    "smoothing bool": Wrong(lambda: loss(label_smoothing=True), TypeError, "label_smoothing", "number", "True"),
+    "smoothing fraction": Wrong(
+        lambda: loss(label_smoothing=Fraction(1, 10)), TypeError, "label_smoothing", "number", "Fraction"
+    ),
+    "smoothing complex": Wrong(
+        lambda: loss(label_smoothing=jnp.complex64(0.1)), TypeError, "label_smoothing", "number", "complex64|0.1"
+    ),
+    "smoothing NumPy complex": Wrong(
+        lambda: loss(label_smoothing=np.complex64(0.1)), TypeError, "label_smoothing", "number", "complex64|0.1"
+    ),
+    "smoothing key": Wrong(
+        lambda: loss(label_smoothing=jax.random.key(0)), TypeError, "label_smoothing", "number", "key"
+    ),
+    "z_loss negative": Wrong(lambda: loss(z_loss=-1.0), ValueError, "z_loss", "a number >= 0", r"-1\.0"),
+    "z_loss NumPy negative": Wrong(lambda: loss(z_loss=np.float32(-1)), ValueError, "z_loss", ">= 0", r"-1\.0"),
+    "z_loss NaN": Wrong(lambda: loss(z_loss=np.nan), ValueError, "z_loss", ">= 0", "nan"),
+    "z_loss None": Wrong(lambda: loss(z_loss=None), TypeError, "z_loss", "number", "None"),
+    "z_loss complex": Wrong(lambda: loss(z_loss=np.complex64(1)), TypeError, "z_loss", "number", "complex64|1"),
+    "softcap 0": Wrong(lambda: loss(logit_softcap=0.0), ValueError, "logit_softcap", "> 0", r"0\.0", "None means"),
+    "softcap negative": Wrong(lambda: loss(logit_softcap=-1), ValueError, "logit_softcap", "> 0", "-1"),
+    "softcap inf": Wrong(lambda: loss(logit_softcap=np.inf), ValueError, "logit_softcap", "> 0", "inf"),
+    "softcap NaN": Wrong(lambda: loss(logit_softcap=np.nan), ValueError, "logit_softcap", "> 0", "nan"),
+    "softcap string": Wrong(lambda: loss(logit_softcap="30"), TypeError, "logit_softcap", "Python number", "str"),
+    "softcap bool": Wrong(lambda: loss(logit_softcap=True), TypeError, "logit_softcap", "Python number", "True"),
+    "softcap array": Wrong(
+        lambda: loss(logit_softcap=jnp.array(2.0)),
+        TypeError,
+        "logit_softcap",
+        "Python number",
+        r"float32 of shape \(\)",
+        "constant",
+    ),
+    "softcap traced": Wrong(
+        lambda: jax.jit(lambda c: loss(logit_softcap=c))(2.0),
+        TypeError,
+        "logit_softcap",
+        "Python number",
+        "float32",
+        "constant of the compiled program",
+    ),
+}
+
+CHOICE_CASES = {
+    "reduction unknown": Wrong(
+        lambda: loss(reduction="avg"), ValueError, "reduction", "one of 'none', 'sum', 'mean', 'mean_count'", "'avg'"
+    ),
+    "reduction None": Wrong(lambda: loss(reduction=None), ValueError, "reduction", "one of 'none'", "None"),
+    "reduction list": Wrong(lambda: loss(reduction=["mean"]), ValueError, "reduction", "one of", r"\['mean'\]"),
+    "implementation unknown": Wrong(
+        lambda: loss(implementation="triton"), ValueError, "implementation", "None, 'xla', 'autodiff'", "'triton'"
+    ),
+    "return_aux string": Wrong(lambda: loss(return_aux="yes"), ValueError, "return_aux", "False, True", "'yes'"),
+    "return_aux int": Wrong(lambda: loss(return_aux=1), ValueError, "return_aux", "False, True", "1"),
+    "ignore_index with probabilities": Wrong(
+        lambda: loss(targets=PROBS, ignore_index=0),
+        ValueError,
+        "ignore_index",
+        "None for probability targets",
+        "0",
+        "weights=mask",
+    ),
+    "ignore_index float": Wrong(lambda: loss(ignore_index=1.0), TypeError, "ignore_index", "a Python int", r"1\.0"),
+    "ignore_index bool": Wrong(lambda: loss(ignore_index=True), TypeError, "ignore_index", "a Python int", "True"),
+    "ignore_index of no label dtype": Wrong(
+        lambda: loss(ignore_index=2**40), ValueError, "ignore_index", r"a label can be \(int32\)", "1099511627776"
+    ),
+    "ignore_index array": Wrong(
+        lambda: loss(ignore_index=jnp.array(1)), TypeError, "ignore_index", "a Python int", r"int32 of shape \(\)"
+    ),
+}
+
+INTEGER_LABELS_CASES = {
+    "probabilities": Wrong(
+        lambda: jaxce.softmax_cross_entropy_with_integer_labels(LOGITS, PROBS),
+        TypeError,
+        "labels",
+        "integers",
+        r"float32 of shape \(2, 3\)",
+        "jaxce.softmax_cross_entropy",
+    ),
+    "sparse": Wrong(
+        lambda: jaxce.softmax_cross_entropy_with_integer_labels(LOGITS, SparseTargets(LABELS[:, None], PROBS[:, :1])),
+        TypeError,
+        "labels",
+        "integers",
+        "SparseTargets",
+    ),
+    "list": Wrong(
+        lambda: jaxce.softmax_cross_entropy_with_integer_labels(LOGITS, [0, 1]), TypeError, "labels", "integers", "list"
+    ),
+    "[B, 1]": Wrong(
+        lambda: jaxce.softmax_cross_entropy_with_integer_labels(LOGITS, LABELS[:, None]),
+        ValueError,
+        "labels",  # the name of this function's argument, not that of the function it calls
+        r"shape \(2,\)",
+        r"shape \(2, 1\)",
+        r"labels\.reshape\(\(2,\)\)",
+    ),
+}
+
+PROBS_CASES = {
+    "ints": Wrong(
+        lambda: jaxce.cross_entropy_from_probs(LABELS[None], LABELS[:1]), TypeError, "probs", "floats", "int32"
+    ),
+    "list": Wrong(lambda: jaxce.cross_entropy_from_probs([0.5, 0.5], 0), TypeError, "probs", "floats", "list"),
+    "scalar": Wrong(
+        lambda: jaxce.cross_entropy_from_probs(jnp.float32(0.5), 0), ValueError, "probs", "one axis", r"\(\)"
+    ),
+    "no classes": Wrong(
+        lambda: jaxce.cross_entropy_from_probs(PROBS[:, :0], LABELS), ValueError, "probs", "one class", "length 0"
+    ),
+    "labels [B, 1]": Wrong(
+        lambda: jaxce.cross_entropy_from_probs(PROBS, LABELS[:, None]), ValueError, "targets", r"\(2,\)", r"\(2, 1\)"
+    ),
+    "axis": Wrong(lambda: jaxce.cross_entropy_from_probs(PROBS, LABELS, 2), ValueError, "axis", "from -2 to 1", "2"),
+    "ignore_index": Wrong(
+        lambda: jaxce.cross_entropy_from_probs(PROBS, PROBS, ignore_index=0), ValueError, "ignore_index", "None", "0"
+    ),
+    "reduction": Wrong(
+        lambda: jaxce.cross_entropy_from_probs(PROBS, LABELS, reduction="x"), ValueError, "reduction", "one of", "'x'"
+    ),
+    "smoothing": Wrong(
+        lambda: jaxce.cross_entropy_from_probs(PROBS, LABELS, label_smoothing=2),
+        ValueError,
+        "label_smoothing",
+        "between 0 and 1",
+        "2",
+    ),
+}
+
+GROUPS = {
+    "logits": LOGITS_CASES,
+    "targets": TARGETS_CASES,
+    "sparse": SPARSE_CASES,
+    "axis": AXIS_CASES,
+    "where": WHERE_CASES,
+    "weights": WEIGHTS_CASES,
+    "class_weights": CLASS_WEIGHTS_CASES,
+    "scalars": SCALAR_CASES,
+    "choices": CHOICE_CASES,
+    "integer_labels": INTEGER_LABELS_CASES,
+    "from_probs": PROBS_CASES,
+}
+CASES = [pytest.param(case, id=f"{group}: {name}") for group, cases in GROUPS.items() for name, case in cases.items()]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message(case):
+    with pytest.raises(case.kind) as caught:
+        case.call()
+    assert caught.type is case.kind  # not a subclass that JAX raised for reasons of its own
+    parts = re.fullmatch(r"(.+?): expected (.+?); got (.+?)\.(?: ([A-Z].*\.?))?", str(caught.value), re.DOTALL)
+    assert parts, f"not of the form 'name: expected X; got Y. hint': {caught.value}"
+    name, expected, got, hint = parts.groups()
+    assert name == case.name
+    for pattern, text in ((case.expected, expected), (case.got, got), (case.hint, hint or "")):
+        assert re.search(pattern, text), f"{pattern!r} is not in {text!r}, of: {caught.value}"
+
+
+def test_axis_name_is_not_supported_yet():
+    with pytest.raises(NotImplementedError, match=r"^axis_name: .*not supported yet"):
+        loss(axis_name="classes")
+
+
+def test_errors_come_while_tracing():
+    with pytest.raises(ValueError, match=r"^targets: expected shape \(2,\)"):
+        jax.eval_shape(loss, LOGITS, LABELS[:, None])
+    with pytest.raises(ValueError, match=r"^label_smoothing: expected a number between 0 and 1"):
+        jax.jit(lambda z: loss(z, label_smoothing=1.5))(LOGITS)
+
+
+@pytest.mark.parametrize("make", [jnp.asarray, lambda x: jax.jit(jnp.add)(x, 0.0)], ids=["array", "computed"])
+def test_jax_arrays_are_taken_as_they_are(make):
+    """The values of JAX arrays are not looked at, since that would wait for the device, and traced ones have none."""
+    assert np.isfinite(loss(label_smoothing=make(1.5))).all()
+    traced = jax.jit(lambda s, z: loss(label_smoothing=s, z_loss=z))
+    assert np.isfinite(traced(make(1.5), make(-1.0))).all()
+
+
+@pytest.mark.parametrize("number", [0.1, np.float32(0.1), np.float64(0.1), np.array(0.1), jnp.float32(0.1)])
+def test_numbers_of_every_type(number):
+    """Strict promotion or not, a number is a number."""
+    wanted = 0.9 * np.log(3) + 0.1 * np.log(3) + 0.1 * np.log(3) ** 2
+    np.testing.assert_allclose(loss(label_smoothing=number, z_loss=number), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("edge", [0, 0.0, 1, 1.0])
+def test_the_ends_of_the_range_are_inside(edge):
+    np.testing.assert_allclose(loss(label_smoothing=edge), np.log(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [30, 30.0, np.float32(30), np.float64(30), np.int32(30)])
+def test_softcap_takes_python_and_numpy_numbers(cap):
+    np.testing.assert_allclose(loss(logit_softcap=cap), np.log(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int4", "uint4"])
+def test_labels_of_every_integer_dtype(dtype):
+    np.testing.assert_allclose(loss(targets=jnp.asarray(LABELS).astype(dtype)), np.log(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [2.0, np.float32(2), np.int32(2), np.array([2]), np.array([2, 2])])
+def test_weights_of_every_dtype_and_shape(weights):
+    np.testing.assert_allclose(loss(weights=weights), 2 * np.log(3), rtol=1e-6)
+
+
+def test_masks_of_bools_are_weights():
+    np.testing.assert_allclose(loss(weights=np.array([True, False])), [np.log(3), 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "to", "yes"),
+    [((), (2, 3), True), ((3,), (2, 3), True), ((1, 3), (2, 3), True), ((2, 1), (2, 3), True)]
+    + [((2,), (2, 3), False), ((1, 2, 3), (2, 3), False), ((3,), (1,), False), ((0,), (1,), False), ((1,), (0,), True)],
+)
+def test_broadcastable(shape, to, yes):
+    assert checks.broadcastable(shape, to) is yes
+
+
+def test_class_axes_keep_their_order():
+    assert checks.class_axes(-1, 3) == (2,)
+    assert checks.class_axes((2, 0), 3) == (2, 0)
+    assert checks.class_axes((-1, np.int64(0)), 3) == (2, 0)
+    assert checks.class_axes(None, 3) == (0, 1, 2)

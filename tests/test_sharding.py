@@ -1,0 +1,300 @@
+"""Logits split over devices: the loss of one device, without a logits-sized array ever moving between them."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxce import CrossEntropyAux, SparseTargets, softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+
+EPS = float(np.finfo(np.float32).eps)
+RTOL = 32 * EPS  # two computations, each within 16 ε of the truth
+N, V = 16, 240
+LAYOUTS = {"batch": P("b", None), "classes": P(None, "v"), "both": P("b", "v")}
+KINDS = ["index", "sparse 2", "sparse 12", "probs"]
+
+
+def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((4, 2), ("b", "v"), axis_types=(kind, kind))
+
+
+@pytest.fixture
+def logits(rng):
+    return (3 * rng.normal(size=(N, V))).astype(np.float32)
+
+
+@pytest.fixture
+def mask(rng):
+    mask = rng.random((N, V)) < 0.7
+    mask[:, :12] = True  # where the labels are
+    return mask
+
+
+def make_targets(kind, rng):
+    """Labels below 12, which `mask` lets take part."""
+    if kind == "index":
+        return rng.integers(0, 12, N).astype(np.int32)
+    if kind == "probs":
+        t = np.zeros((N, V), np.float32)
+        t[:, :12] = rng.dirichlet(np.ones(12), N)
+        return t
+    k = int(kind.split()[1])
+    indices = rng.integers(0, 12, (N, k)).astype(np.int32)
+    return SparseTargets(indices, rng.dirichlet(np.ones(k), N).astype(np.float32))
+
+
+def make_options(rng, mask):
+    class_weights = rng.uniform(0.5, 2, V).astype(np.float32)
+    weights = rng.uniform(0.5, 2, N).astype(np.float32)
+    weights[3] = 0
+    return {
+        "plain": {},
+        "smoothing": {"label_smoothing": 0.1},
+        "class weights": {"class_weights": class_weights, "reduction": "mean"},
+        "class weights and smoothing": {"class_weights": class_weights, "label_smoothing": 0.1},
+        "where": {"where": mask, "label_smoothing": 0.1},
+        "weights": {"weights": weights, "reduction": "mean_count"},
+        "z loss and softcap": {"z_loss": 0.1, "logit_softcap": 4.0, "reduction": "sum"},
+        "ignored": {"ignore_index": 3, "reduction": "mean"},
+        "aux": {"return_aux": True, "label_smoothing": 0.1, "class_weights": class_weights, "reduction": "mean"},
+    }
+
+
+OPTIONS = list(make_options(np.random.default_rng(0), np.ones((N, V), bool)))
+
+
+def place(mesh, spec, logits, targets, options):
+    """Everything on the mesh: what has the batch axis is split as the logits' batch is, and so are the classes."""
+    batch, classes = P(spec[0]), P(spec[1])
+    specs = {"where": spec, "weights": batch, "class_weights": classes}
+
+    def put(x, spec):
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    dense = isinstance(targets, np.ndarray) and targets.ndim == 2
+    return (
+        put(logits, spec),
+        jax.tree.map(lambda x: put(x, spec if dense else P(spec[0], *[None] * (x.ndim - 1))), targets),
+        {name: put(x, specs[name]) if name in specs else x for name, x in options.items()},
+    )
+
+
+def loss_and_gradient(logits, targets, options):
+    """The outputs, and the gradient of the sum of all that are floats."""
+
+    def total(z):
+        outputs = softmax_cross_entropy(z, targets, **options)
+        floats = [x for x in jax.tree.leaves(outputs) if x.dtype == jnp.float32]
+        return sum(jnp.sum(x) for x in floats), outputs
+
+    grad, outputs = jax.grad(total, has_aux=True)(logits)
+    return outputs, grad
+
+
+def compiled_with_arrays(logits, targets, options):
+    """`loss_and_gradient` compiled, with the arrays among the options as arguments."""
+    arrays = {name: x for name, x in options.items() if isinstance(x, (np.ndarray, jax.Array))}
+    constants = {name: x for name, x in options.items() if name not in arrays}
+    function = jax.jit(lambda z, t, arrays: loss_and_gradient(z, t, arrays | constants))
+    return function.lower(logits, targets, arrays).compile(), (logits, targets, arrays)
+
+
+COLLECTIVE = re.compile(
+    r"= (?P<shapes>.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
+    r"(?:-start)?\("
+)
+
+
+def collective_sizes(text: str) -> list[int]:
+    """How many elements the largest array of each collective has."""
+    sizes = []
+    for match in COLLECTIVE.finditer(text):
+        shapes = re.findall(r"[a-z]\w*\[([\d,]*)\]", match["shapes"])
+        sizes.append(max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes))
+    return sizes
+
+
+def check(got, wanted):
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        # Devices sum in another order: of a gradient or a sum, the terms are up to the largest entry.
+        np.testing.assert_allclose(x, y, rtol=RTOL, atol=RTOL * max(1.0, np.abs(y).max(initial=0)))
+
+
+def check_collectives(text, spec):
+    """Only numbers of rows (up to K of each) and of classes may move, nothing as large as one device's logits."""
+    sizes = collective_sizes(text)
+    assert all(size < N * V // 8 for size in sizes), f"a collective of {max(sizes)} elements"
+    if spec[1] is not None:
+        assert sizes, "the classes are split, so something must be exchanged: is the pattern out of date?"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_sharding(kind, layout, logits, mask, rng):
+    """The compiler decides what moves: nothing of the logits' size may."""
+    targets, all_options = make_targets(kind, rng), make_options(rng, mask)
+    mesh, spec = mesh_of(AxisType.Auto), LAYOUTS[layout]
+    for name in ("plain", "class weights and smoothing", "aux"):
+        options = all_options[name]
+        compiled, arguments = compiled_with_arrays(*place(mesh, spec, logits, targets, options))
+        outputs, grad = compiled(*arguments)
+        check((outputs, grad), loss_and_gradient(logits, targets, options))
+        check_collectives(compiled.as_text(), spec)
+        assert grad.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_explicit_sharding(kind, option, layout, logits, mask, rng):
+    """Shardings are part of the types: the loss is sharded as the batch, the gradient as the logits."""
+    targets, options = make_targets(kind, rng), make_options(rng, mask)[option]
+    if option == "ignored" and kind == "probs":
+        pytest.skip("there is no label in it to ignore")
+    mesh, spec = mesh_of(AxisType.Explicit), LAYOUTS[layout]
+    wanted = loss_and_gradient(logits, targets, options)
+    with jax.set_mesh(mesh):
+        compiled, arguments = compiled_with_arrays(*place(mesh, spec, logits, targets, options))
+        outputs, grad = compiled(*arguments)
+        check((outputs, grad), wanted)
+        loss = outputs[0] if option == "aux" else outputs
+        assert jax.typeof(grad).sharding.spec == spec
+        assert jax.typeof(loss).sharding.spec == (P() if "reduction" in options else P(spec[0]))
+        if option == "aux":
+            assert isinstance(outputs[1], CrossEntropyAux)
+            assert {jax.typeof(x).sharding.spec for x in jax.tree.leaves(outputs[1])} == {P(spec[0])}
+        check_collectives(compiled.as_text(), spec)
+
+
+@pytest.mark.parametrize("kind", ["index", "sparse 2", "probs"])
+def test_explicit_gradients_of_the_other_arguments(kind, logits, rng):
+    """Weights, class weights and target probabilities, each sharded as its argument is."""
+    targets = make_targets(kind, rng)
+    options = {
+        "weights": rng.uniform(0.5, 2, N).astype(np.float32),
+        "class_weights": np.linspace(0.5, 2, V, dtype=np.float32),
+    }
+
+    def loss(floats):
+        t = targets
+        if kind == "probs":
+            t = floats["probs"]
+        elif kind != "index":
+            t = SparseTargets(floats["indices"], floats["probs"])
+        rest = {name: floats[name] for name in options}
+        return softmax_cross_entropy(
+            floats["logits"], t if kind != "index" else floats["indices"], label_smoothing=0.1, reduction="mean", **rest
+        )
+
+    floats = {"logits": logits} | options
+    if kind == "index":
+        floats["indices"] = targets
+    elif kind == "probs":
+        floats["probs"] = targets
+    else:
+        floats |= {"indices": targets.indices, "probs": targets.probs}
+    wanted = jax.grad(loss, allow_int=True)(floats)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        batch = {name: P("b", *[None] * (x.ndim - 1)) for name, x in floats.items()} | {"class_weights": P(None)}
+        placed = {name: jax.device_put(x, NamedSharding(mesh, batch[name])) for name, x in floats.items()}
+        grads = jax.jit(jax.grad(loss, allow_int=True))(placed)
+        for name in set(floats) - {"indices"}:
+            check(grads[name], wanted[name])
+            assert jax.typeof(grads[name]).sharding.spec == batch[name]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_explicit_sharding_of_the_other_implementation(layout, logits, rng):
+    labels = make_targets("index", rng)
+    options = {"label_smoothing": 0.1, "implementation": "autodiff"}
+    mesh, spec = mesh_of(AxisType.Explicit), LAYOUTS[layout]
+    wanted = loss_and_gradient(logits, labels, options)
+    with jax.set_mesh(mesh):
+        check(loss_and_gradient(*place(mesh, spec, logits, labels, options)), wanted)
+
+
+@pytest.mark.parametrize("axis", [0, (1, 2)])
+def test_explicit_sharding_with_class_axes_elsewhere(axis, rng):
+    """The axes move to the end with their shardings; several become one, so that none but the first may be split."""
+    logits = rng.normal(size=(8, 4, 6)).astype(np.float32)
+    batch = (4, 6) if axis == 0 else (8,)
+    labels = rng.integers(0, 8, batch).astype(np.int32)
+    mesh = mesh_of(AxisType.Explicit)
+    wanted = softmax_cross_entropy(logits, labels, axis)
+    spec, batch_spec = (P(None, "b", "v"), P("b", "v")) if axis == 0 else (P("b", None, None), P("b"))
+    with jax.set_mesh(mesh):
+        z = jax.device_put(logits, NamedSharding(mesh, spec))
+        y = jax.device_put(labels, NamedSharding(mesh, batch_spec))
+        got = softmax_cross_entropy(z, y, axis)
+        check(got, wanted)
+        assert jax.typeof(got).sharding.spec == batch_spec
+
+
+def test_optax_cannot_do_this(logits, rng):
+    """Its look-up is a gather, which has to be told how its result is sharded. Why `pick` compares instead."""
+    labels = make_targets("index", rng)
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        z, y, _ = place(mesh, LAYOUTS["both"], logits, labels, {})
+        with pytest.raises(Exception, match=r"(?i)shard"):
+            optax.softmax_cross_entropy_with_integer_labels(z, y)
+        assert softmax_cross_entropy_with_integer_labels(z, y).shape == (N,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shard_map_over_the_batch(kind, logits, mask, rng):
+    """Each device has its rows. check_vma makes JAX prove which outputs are the same everywhere."""
+    targets, options = make_targets(kind, rng), make_options(rng, mask)["class weights and smoothing"]
+    class_weights = options["class_weights"]
+    mesh = mesh_of(AxisType.Auto)
+
+    def step(z, t, w):
+        def total(z, w):
+            return jax.lax.psum(
+                softmax_cross_entropy(z, t, class_weights=w, label_smoothing=0.1, reduction="sum"), ("b", "v")
+            )
+
+        value, grads = jax.value_and_grad(total, argnums=(0, 1))(z, w)
+        return value, grads
+
+    rows = P(("b", "v"))
+    sharded = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(rows, rows, P()), out_specs=(P(), (rows, P())), check_vma=True)
+    )
+    value, grads = sharded(logits, targets, class_weights)
+    wanted = jax.value_and_grad(
+        lambda z, w: softmax_cross_entropy(z, targets, class_weights=w, label_smoothing=0.1, reduction="sum"),
+        argnums=(0, 1),
+    )(logits, class_weights)
+    check((value, grads), wanted)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "autodiff"])
+def test_shard_map_with_every_output(implementation, logits, mask, rng):
+    labels = make_targets("index", rng)
+    mesh = mesh_of(AxisType.Auto)
+    options = {"return_aux": True, "ignore_index": 3, "z_loss": 0.1, "implementation": implementation}
+
+    def rows(z, y, where):
+        return softmax_cross_entropy(z, y, where=where, **options)
+
+    spec = P(("b", "v"))
+    got = jax.jit(jax.shard_map(rows, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True))(logits, labels, mask)
+    check(got, rows(logits, labels, mask))
+
+
+def test_the_collective_pattern_finds_what_it_should():
+    """A loss that does gather its logits, so that the tests above are known to look in the right place."""
+    mesh = mesh_of(AxisType.Auto)
+    split, whole = NamedSharding(mesh, P(None, "v")), NamedSharding(mesh, P())
+    z = jax.device_put(np.ones((N, V), np.float32), split)
+    text = jax.jit(lambda z: jax.lax.with_sharding_constraint(z, whole) * 2).lower(z).compile().as_text()
+    assert max(collective_sizes(text)) == N * V
