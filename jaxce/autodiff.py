@@ -39,6 +39,7 @@ def _row_terms(
 ) -> Terms:
     if spec.logit_softcap is not None:
         z = spec.logit_softcap * jnp.tanh(z / spec.logit_softcap)
+    z = z + jnp.where(z == jnp.inf, jnp.nan, 0)
     if where is not None:
         z = jnp.where(where, z, -jnp.inf)
     z_max = lax.stop_gradient(jnp.max(z))

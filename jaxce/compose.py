@@ -159,12 +159,12 @@ def compose(
     probs = None if targets.indices is None else entry_probs(targets, options.ignore_index)
     weights = jnp.ones(batch, dtype) if amounts.weights is None else jnp.broadcast_to(amounts.weights, batch)
     counted = counted_examples(targets, batch, options, participating)
-    unused = ~counted | (weights == 0)
-    terms = jax.tree.map(lambda x: _zero_if_not_finite(x, unused), terms)
+    unused = unused_examples(targets, batch, options, amounts, participating)
+    terms = jax.tree.map(lambda x: _zero_if_too_large(x, unused), terms)
 
     if targets.indices is None:
         target = terms.target
-        nll = target if unweighted is None else _zero_if_not_finite(unweighted, unused)
+        nll = target if unweighted is None else _zero_if_too_large(unweighted, unused)
         class_weight = _mean_class_weight(targets, amounts.class_weights, dtype)
     else:
         idle = unused[..., None] if probs is None else unused[..., None] | (probs == 0)
@@ -203,6 +203,18 @@ def counted_examples(
     return counted
 
 
+def unused_examples(
+    targets: Targets,
+    batch: tuple[int, ...],
+    options: Options,
+    amounts: Amounts,
+    participating: Array | None = None,
+) -> Array:
+    """Which examples must leave no trace, whatever they hold: those that do not count, and those of weight 0."""
+    unused = ~counted_examples(targets, batch, options, participating)
+    return unused if amounts.weights is None else unused | (jnp.broadcast_to(amounts.weights, batch) == 0)
+
+
 def reduce(loss: Array, weight: Array, counted: Array, reduction: str) -> Array:
     """The four reductions. A mean over nothing is 0, with gradient 0."""
     if reduction == "none":
@@ -215,9 +227,11 @@ def reduce(loss: Array, weight: Array, counted: Array, reduction: str) -> Array:
     return jnp.where(nothing, 0, total / jnp.where(nothing, 1, divisor))
 
 
-def _zero_if_not_finite(x: Array, unused: Array) -> Array:
+def _zero_if_too_large(x: Array, unused: Array) -> Array:
+    """`x`, but 0 in unused rows where it is not finite or so large that its square or a sum of such might not be."""
     unused = jnp.broadcast_to(unused.reshape(unused.shape + (1,) * (x.ndim - unused.ndim)), x.shape)
-    return jnp.where(unused & ~jnp.isfinite(x), jnp.zeros_like(x), x)
+    limit = 1e-3 * float(jnp.finfo(x.dtype).max) ** 0.5
+    return jnp.where(unused & ~(jnp.abs(x) < limit), jnp.zeros_like(x), x)
 
 
 def _mean_class_weight(targets: Targets, class_weights: Array | None, dtype: jnp.dtype) -> Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxce import checks
-from jaxce.compose import Amounts, Options, checked_options, compose, counted_examples
+from jaxce.compose import Amounts, Options, checked_options, compose, unused_examples
 from jaxce.layout import classes_last
 from jaxce.stats import Terms, pick, times, working_dtype
 from jaxce.targets import Targets, entry_probs, sort_by_kind
@@ -84,9 +84,7 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     dtype = working_dtype(p.dtype)
     p = p.astype(dtype)
     batch = p.shape[:-1]
-    unused = ~counted_examples(targets, batch, options)
-    if amounts.weights is not None:
-        unused |= jnp.broadcast_to(amounts.weights, batch) == 0
+    unused = unused_examples(targets, batch, options, amounts)
     slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
     valid = jnp.all((p >= 0) & (p <= 1 + slack), -1)
     p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxce import autodiff, checks
-from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose
+from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose, unused_examples
 from jaxce.layout import class_count, classes_last
 from jaxce.stats import (
     RowStats,
@@ -190,12 +190,23 @@ def _loss(
 ) -> Array | tuple[Array, CrossEntropyAux]:
     logits, targets, where = classes_last(logits, targets, where, axes)
     num_classes = logits.shape[-1]
-    terms_of = autodiff.terms if options.implementation == "autodiff" else softmax_terms
+    participating = class_count(where, logits.shape)
+    terms_of = softmax_terms
+    if options.implementation == "autodiff":
+        # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
+        terms_of = autodiff.terms
+        unused = unused_examples(targets, logits.shape[:-1], options, amounts, participating)
+        bad = ~jnp.all(jnp.isfinite(jnp.max(logits, -1, keepdims=True) - logits), -1)
+        logits = jnp.where((unused & bad)[..., None], jnp.zeros_like(logits), logits)
     spec = Spec(options.logit_softcap, options.label_smoothing, options.return_aux)
     probs = targets.probs if targets.indices is None else None
     weighted = probs
     if probs is not None and amounts.class_weights is not None:
-        weighted = probs.astype(amounts.class_weights.dtype) * jnp.broadcast_to(amounts.class_weights, probs.shape)
+        dtype = amounts.class_weights.dtype
+        probs = probs.astype(dtype)
+        weighted = probs * jnp.broadcast_to(amounts.class_weights, probs.shape)
+        if options.return_aux:  # two gradients below, which must not be rounded before they are added
+            logits = logits.astype(dtype)
     terms = terms_of(spec, logits, targets.indices, weighted, amounts.class_weights, where)
     unweighted = prediction = None
     if options.return_aux:
@@ -208,7 +219,7 @@ def _loss(
         num_classes,
         amounts,
         options,
-        participating=class_count(where, logits.shape),
+        participating=participating,
         unweighted=unweighted,
         prediction=prediction,
     )
