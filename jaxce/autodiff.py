@@ -44,12 +44,11 @@ def _row_terms(
         z = jnp.where(where, z, -jnp.inf)
     z_max = lax.stop_gradient(jnp.max(z))
     d = z - z_max
-    first = (d == 0) & (jnp.cumsum((d == 0).astype(jnp.int32)) == 1)
-    # log Σ exp(d) as log1p of the sum without the first maximum, whose expm1(d) is 0 and carries the derivative; or
-    # plainly, where computed logits were rounded twice in two ways and none is equal to the maximum.
-    others = jnp.sum(jnp.where(first, jnp.expm1(jnp.where(first, d, 0)), jnp.exp(d)))
-    found = jnp.any(first)
-    log_sum = jnp.where(found, jnp.log1p(others), jnp.log(jnp.where(found, 1, others)))
+    # log Σ exp(d), where the terms near 1 enter as expm1(d) and a count, so that the 1 of the maximum can be left out:
+    # beside it the digits of a small sum would be lost.
+    near = d > -0.5
+    count = jnp.sum(near.astype(z.dtype))
+    log_sum = jnp.log1p(jnp.sum(jnp.where(near, jnp.expm1(jnp.where(near, d, 0)), jnp.exp(d))) + (count - 1))
     surprise = log_sum - d  # −log p of each class
     p = jnp.exp(-surprise)
 

@@ -155,24 +155,28 @@ def compose(
       unweighted: `terms.target` of probability targets without class weights, where that differs.
       prediction: argmax of each row, needed for the aux record.
     """
-    dtype, batch = terms.log_normalizer.dtype, terms.log_normalizer.shape
+    like = terms.log_normalizer
+    dtype, ones = like.dtype, jnp.ones_like(like)
     probs = None if targets.indices is None else entry_probs(targets, options.ignore_index)
-    weights = jnp.ones(batch, dtype) if amounts.weights is None else jnp.broadcast_to(amounts.weights, batch)
-    counted = counted_examples(targets, batch, options, participating)
-    unused = unused_examples(targets, batch, options, amounts, participating)
+    weights = ones if amounts.weights is None else ones * jnp.broadcast_to(amounts.weights, like.shape)
+    counted = counted_examples(targets, like, options, participating)
+    unused = unused_examples(targets, like, options, amounts, participating)
     terms = jax.tree.map(lambda x: _zero_if_too_large(x, unused), terms)
 
     if targets.indices is None:
         target = terms.target
         nll = target if unweighted is None else _zero_if_too_large(unweighted, unused)
-        class_weight = _mean_class_weight(targets, amounts.class_weights, dtype)
+        class_weight = ones
+        if amounts.class_weights is not None:  # Σ_c w_c t_c, which is w_y if they are one-hot
+            by_class = jnp.broadcast_to(amounts.class_weights, targets.probs.shape)
+            class_weight = jnp.sum(targets.probs.astype(dtype) * by_class, -1)
     else:
         idle = unused[..., None] if probs is None else unused[..., None] | (probs == 0)
         surprise = terms.target * nan_where_unknown(targets.indices, num_classes, idle).astype(dtype)
         probs = jnp.ones_like(surprise) if probs is None else probs.astype(dtype)
         nll = jnp.sum(times(probs, surprise), -1)
         if amounts.class_weights is None:
-            target, class_weight = nll, jnp.ones(batch, dtype)
+            target, class_weight = nll, ones
         else:
             entries = times(class_weight_at(amounts.class_weights, targets.indices), probs)
             target, class_weight = jnp.sum(times(entries, surprise), -1), jnp.sum(entries, -1)
@@ -193,26 +197,22 @@ def compose(
     return reduced, CrossEntropyAux(nll, terms.log_normalizer, terms.entropy, prediction, weight)
 
 
-def counted_examples(
-    targets: Targets, batch: tuple[int, ...], options: Options, participating: Array | None = None
-) -> Array:
-    """Which examples count: those not ignored, with a class that takes part."""
-    counted = jnp.ones(batch, jnp.bool_) if participating is None else participating > 0
+def counted_examples(targets: Targets, like: Array, options: Options, participating: Array | None = None) -> Array:
+    """Which examples count: those not ignored, with a class that takes part. Shaped and sharded as `like`."""
+    counted = jnp.full_like(like, True, dtype=jnp.bool_)
+    if participating is not None:
+        counted &= participating > 0
     if options.ignore_index is not None:
         counted &= jnp.any(targets.indices != options.ignore_index, -1)
     return counted
 
 
 def unused_examples(
-    targets: Targets,
-    batch: tuple[int, ...],
-    options: Options,
-    amounts: Amounts,
-    participating: Array | None = None,
+    targets: Targets, like: Array, options: Options, amounts: Amounts, participating: Array | None = None
 ) -> Array:
     """Which examples must leave no trace, whatever they hold: those that do not count, and those of weight 0."""
-    unused = ~counted_examples(targets, batch, options, participating)
-    return unused if amounts.weights is None else unused | (jnp.broadcast_to(amounts.weights, batch) == 0)
+    unused = ~counted_examples(targets, like, options, participating)
+    return unused if amounts.weights is None else unused | (jnp.broadcast_to(amounts.weights, like.shape) == 0)
 
 
 def reduce(loss: Array, weight: Array, counted: Array, reduction: str) -> Array:
@@ -232,13 +232,6 @@ def _zero_if_too_large(x: Array, unused: Array) -> Array:
     unused = jnp.broadcast_to(unused.reshape(unused.shape + (1,) * (x.ndim - unused.ndim)), x.shape)
     limit = 1e-3 * float(jnp.finfo(x.dtype).max) ** 0.5
     return jnp.where(unused & ~(jnp.abs(x) < limit), jnp.zeros_like(x), x)
-
-
-def _mean_class_weight(targets: Targets, class_weights: Array | None, dtype: jnp.dtype) -> Array:
-    """Σ_c w_c t_c, the class weight of an example with probability targets: w_y if they are one-hot."""
-    if class_weights is None:
-        return jnp.ones(targets.probs.shape[:-1], dtype)
-    return jnp.sum(targets.probs.astype(dtype) * jnp.broadcast_to(class_weights, targets.probs.shape), -1)
 
 
 def _class_count(participating: Array | None, num_classes: int, dtype: jnp.dtype) -> Array:

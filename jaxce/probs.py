@@ -84,7 +84,7 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     dtype = working_dtype(p.dtype)
     p = p.astype(dtype)
     batch = p.shape[:-1]
-    unused = unused_examples(targets, batch, options, amounts)
+    unused = unused_examples(targets, p[..., 0], options, amounts)
     slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
     valid = jnp.all((p >= 0) & (p <= 1 + slack), -1)
     p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too

@@ -13,6 +13,7 @@ from jax import Array
 from jaxce import autodiff, checks
 from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose, unused_examples
 from jaxce.layout import class_count, classes_last
+from jaxce.sharding import mask_like, vary_alike
 from jaxce.stats import (
     RowStats,
     Spec,
@@ -195,7 +196,7 @@ def _loss(
     if options.implementation == "autodiff":
         # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
         terms_of = autodiff.terms
-        unused = unused_examples(targets, logits.shape[:-1], options, amounts, participating)
+        unused = unused_examples(targets, jnp.max(logits, -1), options, amounts, participating)
         bad = ~jnp.all(jnp.isfinite(jnp.max(logits, -1, keepdims=True) - logits), -1)
         logits = jnp.where((unused & bad)[..., None], jnp.zeros_like(logits), logits)
     spec = Spec(options.logit_softcap, options.label_smoothing, options.return_aux)
@@ -207,7 +208,8 @@ def _loss(
         weighted = probs * jnp.broadcast_to(amounts.class_weights, probs.shape)
         if options.return_aux:  # two gradients below, which must not be rounded before they are added
             logits = logits.astype(dtype)
-    terms = terms_of(spec, logits, targets.indices, weighted, amounts.class_weights, where)
+    logits, weighted, smoothing_weights = vary_alike(logits, weighted, amounts.class_weights)
+    terms = terms_of(spec, logits, targets.indices, weighted, smoothing_weights, where)
     unweighted = prediction = None
     if options.return_aux:
         if weighted is not probs:
@@ -258,7 +260,7 @@ def _effective(spec: Spec, logits: Array, where: Array | None) -> Array:
     if spec.logit_softcap is not None:
         logits = logits.astype(working_dtype(logits.dtype))
         logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
-    return logits if where is None else jnp.where(where, logits, -jnp.inf)
+    return logits if where is None else jnp.where(mask_like(where, logits), logits, -jnp.inf)
 
 
 def _terms_fwd(spec, logits, indices, probs, smoothing_weights, where):
@@ -304,17 +306,17 @@ def _terms_bwd(spec: Spec, res: _Residuals, ct: Terms):
         dz = dz - ct.target[..., None] * res.probs.astype(dtype)
         dprobs = times(ct.target[..., None], surprise).astype(res.probs.dtype)
         if res.where is not None:
-            dprobs = jnp.where(res.where, dprobs, jnp.zeros_like(dprobs))
+            dprobs = jnp.where(mask_like(res.where, dprobs), dprobs, jnp.zeros_like(dprobs))
     if spec.smoothing:
         share = ct.smoothing[..., None]
         dz = dz - share * smoothing_distribution(dz.shape, dtype, res.smoothing_weights, res.where)
         if res.smoothing_weights is not None:
             by_class = times(share, surprise)
             if res.where is not None:
-                by_class = jnp.where(res.where, by_class, jnp.zeros_like(by_class))
+                by_class = jnp.where(mask_like(res.where, by_class), by_class, jnp.zeros_like(by_class))
             dweights = jnp.sum(by_class, tuple(range(by_class.ndim - 1)))
     if res.where is not None:
-        dz = jnp.where(res.where, dz, jnp.zeros_like(dz))
+        dz = jnp.where(mask_like(res.where, dz), dz, jnp.zeros_like(dz))
     if spec.logit_softcap is not None:
         t = jnp.tanh(res.logits.astype(dtype) / spec.logit_softcap)
         dz = dz * ((1 - t) * (1 + t))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxce.targets import explicitly_sharded
+from jaxce.sharding import class_numbers, explicitly_sharded
 
 # Up to this many target classes per row are found by comparing class numbers, which fuses into the pass over the
 # logits; more of them are found by a gather, whose cost does not grow with K times V.
@@ -132,7 +132,7 @@ def smoothing_distribution(
 ) -> Array:
     """The (unnormalised) weight that smoothing gives each class."""
     v = jnp.ones(shape, dtype) if weights is None else jnp.broadcast_to(weights, shape)
-    return v if where is None else jnp.where(where, v, jnp.zeros_like(v))
+    return v if where is None else v * where.astype(dtype)
 
 
 def finish(stats: RowStats) -> Terms:
@@ -316,4 +316,4 @@ def put(array: Array, indices: Array, values: Array) -> Array:
 
 
 def _is_class(like: Array, index: Array) -> Array:
-    return lax.broadcasted_iota(index.dtype, like.shape, like.ndim - 1) == index[..., None]
+    return class_numbers(like, index.dtype) == index[..., None]

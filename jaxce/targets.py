@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from jaxce import checks
 from jaxce.label_check import check_labels
+from jaxce.sharding import explicitly_sharded
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "probs"], meta_fields=[])
@@ -83,7 +84,7 @@ def entry_probs(targets: Targets, ignore_index: int | None) -> Array | None:
     """The probability of each of the K index entries, 0 for ignored ones; None if each is plainly 1."""
     if targets.probs is None and ignore_index is None:
         return None
-    probs = jnp.ones(targets.indices.shape, jnp.float32) if targets.probs is None else targets.probs
+    probs = jnp.ones_like(targets.indices, dtype=jnp.float32) if targets.probs is None else targets.probs
     if ignore_index is None:
         return probs
     return jnp.where(targets.indices == ignore_index, jnp.zeros_like(probs), probs)
@@ -92,9 +93,9 @@ def entry_probs(targets: Targets, ignore_index: int | None) -> Array | None:
 def class_weight_at(class_weights: Array, indices: Array) -> Array:
     """`class_weights [V]` at `indices [..., K]`; arbitrary for an index outside the classes."""
     if explicitly_sharded(class_weights, indices):
-        hit = lax.broadcasted_iota(indices.dtype, (*indices.shape, class_weights.size), indices.ndim)
-        weights = jnp.broadcast_to(class_weights, hit.shape)
-        return jnp.sum(jnp.where(hit == indices[..., None], weights, jnp.zeros_like(weights)), -1)
+        classes = lax.broadcasted_iota(indices.dtype, (*indices.shape, class_weights.size), indices.ndim)
+        hit = (classes == indices[..., None]).astype(class_weights.dtype)
+        return jnp.sum(hit * jnp.broadcast_to(class_weights, hit.shape), -1)
     return jnp.take(class_weights, indices, mode="clip")
 
 
@@ -106,8 +107,3 @@ def nan_where_unknown(indices: Array, num_classes: int, unused: Array) -> Array:
     known = ((indices >= 0) & (indices < num_classes)) | unused
     known = check_labels(known, indices, num_classes)
     return jnp.where(known, 1.0, jnp.nan)
-
-
-def explicitly_sharded(*arrays: Array) -> bool:
-    """Whether any of the arrays carries its sharding in its type (a mesh with Explicit axes)."""
-    return any(jax.sharding.AxisType.Explicit in jax.typeof(a).sharding.mesh.axis_types for a in arrays)

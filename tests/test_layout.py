@@ -23,6 +23,7 @@ PACKAGE = pathlib.Path(jaxce.__file__).parent
 ORDER = [
     "jaxce.checks",
     "jaxce.label_check",
+    "jaxce.sharding",
     "jaxce.targets",
     "jaxce.stats",
     "jaxce.layout",

@@ -109,6 +109,47 @@ def test_nested_vmap(kind, implementation, rng):
         np.testing.assert_allclose(swapped(logits, targets), wanted, rtol=RTOL)
 
 
+# --- fusion ---------------------------------------------------------------------------------------------------------
+
+
+PRODUCERS = {
+    "scale": lambda h, s: h * s[None],
+    "affine": lambda h, s: h * s[None] + s[None],
+    "softcap": lambda h, s: 7 * jnp.tanh(h / 7),
+    "norm": lambda h, s: h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True)) * s[None],
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_logits_that_are_computed_in_the_same_program(producer, implementation, rng):
+    """A compiler may compute the logits anew for each pass, and round them in another way: then no logit is equal to
+    the maximum, and a loss that looks for one that is is wrong by up to ln 2."""
+    hidden = (3 * rng.normal(size=(64, 8))).astype(np.float32)
+    scale = rng.uniform(0.5, 2, 8).astype(np.float32)
+    labels = rng.integers(0, 8, 64).astype(np.int32)
+
+    @jax.jit
+    def fused(h, s, y):
+        return jax.value_and_grad(
+            lambda h: softmax_cross_entropy(
+                PRODUCERS[producer](h, s), y, label_smoothing=0.1, reduction="sum", implementation=implementation
+            )
+        )(h)
+
+    z, back = jax.vjp(lambda h: PRODUCERS[producer](h, scale), hidden)
+    z64 = np.asarray(z, np.float64)
+    log_p = z64 - z64.max(-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    t = 0.9 * np.eye(8)[labels] + 0.1 / 8
+    value, grad = fused(hidden, scale, labels)
+    # The logits may be off by an ε each, and so may what comes of them.
+    slack = RTOL * (1 + np.abs(z64).max())
+    np.testing.assert_allclose(value, -(t * log_p).sum(), atol=slack * 64)
+    (wanted,) = back((np.exp(log_p) - t).astype(np.float32))
+    np.testing.assert_allclose(grad, wanted, atol=slack * 8 * max(1, np.abs(wanted).max()))
+
+
 # --- derivatives of higher order ------------------------------------------------------------------------------------
 
 
