@@ -78,7 +78,6 @@ def cifar10_table(history: dict[str, Any]) -> str:
 TABLES = {
     "dense": (dense_table, "dense-cpu.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
-    "cifar10-full": (cifar10_table, "cifar10-full/history.json"),
 }
 
 

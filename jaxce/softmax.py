@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -192,7 +193,7 @@ def _loss(
     logits, targets, where = classes_last(logits, targets, where, axes)
     num_classes = logits.shape[-1]
     participating = class_count(where, logits.shape)
-    terms_of = softmax_terms
+    terms_of: Callable[..., Terms] = softmax_terms
     if options.implementation == "autodiff":
         # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
         terms_of = autodiff.terms
