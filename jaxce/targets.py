@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxce import checks
@@ -75,9 +76,12 @@ def sort_by_kind(targets: Any, batch: tuple[int, ...], full: tuple[int, ...], na
 def _integers(name: str, x: Any) -> Array:
     if not checks.is_integers(x):
         checks.fail(TypeError, name, "an array of integers, class indices", checks.describe(x))
+    if not isinstance(x, jax.Array) and not jax.config.jax_enable_x64:
+        limits = jnp.iinfo(jnp.int32)  # JAX would wrap 2³² to class 0
+        x = np.clip(x, limits.min, limits.max)
     x = jnp.asarray(x)
     # Eight bits hold labels too, but not the numbers of all the classes they are compared with.
-    return x if x.dtype == jnp.int64 else x.astype(jnp.int32)
+    return x.astype(jnp.int64 if x.dtype.itemsize == 8 else jnp.int32)
 
 
 def entry_probs(targets: Targets, ignore_index: int | None) -> Array | None:

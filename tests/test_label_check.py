@@ -138,3 +138,9 @@ def test_without_checkify_nothing_raises_and_nothing_has_effects(implementation)
     assert not jax.make_jaxpr(jax.grad(lambda z: per_row(z).sum()))(LOGITS).effects
     assert "check_labels" in str(jax.make_jaxpr(per_row)(LOGITS))  # or the two lines above would say nothing
     assert "custom_call" not in jax.jit(per_row).lower(LOGITS).as_text()
+
+
+def test_a_label_too_large_for_int32_is_no_class():
+    """JAX without 64-bit types would wrap 2**32 to class 0."""
+    loss = jaxce.softmax_cross_entropy(jnp.zeros((3, 4)), np.array([0, 2**32, -(2**32)]))
+    np.testing.assert_array_equal(np.isnan(loss), [False, True, True])
