@@ -76,7 +76,7 @@ def sort_by_kind(targets: Any, batch: tuple[int, ...], full: tuple[int, ...], na
 def _integers(name: str, x: Any) -> Array:
     if not checks.is_integers(x):
         checks.fail(TypeError, name, "an array of integers, class indices", checks.describe(x))
-    if not isinstance(x, jax.Array) and not jax.config.jax_enable_x64:
+    if not isinstance(x, jax.Array) and jnp.result_type(int) == jnp.int32:
         limits = jnp.iinfo(jnp.int32)  # JAX would wrap 2³² to class 0
         x = np.clip(x, limits.min, limits.max)
     x = jnp.asarray(x)
