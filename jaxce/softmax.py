@@ -284,6 +284,9 @@ def _terms_bwd(spec: Spec, res: _Residuals, ct: Terms):
     def alive(x: Array) -> Array:
         return jnp.where(dead.reshape(dead.shape + (1,) * (x.ndim - dead.ndim)), jnp.zeros_like(x), x)
 
+    def taking_part(x: Array) -> Array:
+        return x if res.where is None else jnp.where(mask_like(res.where, x), x, jnp.zeros_like(x))
+
     z = _effective(spec, res.logits, res.where)
     maximum, rest = alive(stats.max), alive(stats.rest)
     inverse = 1 / (1 + rest)
@@ -305,19 +308,13 @@ def _terms_bwd(spec: Spec, res: _Residuals, ct: Terms):
     surprise = (maximum[..., None] - alive(z)) + jnp.log1p(rest)[..., None]  # −log p
     if res.probs is not None:
         dz = dz - ct.target[..., None] * res.probs.astype(dtype)
-        dprobs = times(ct.target[..., None], surprise).astype(res.probs.dtype)
-        if res.where is not None:
-            dprobs = jnp.where(mask_like(res.where, dprobs), dprobs, jnp.zeros_like(dprobs))
+        dprobs = taking_part(times(ct.target[..., None], surprise)).astype(res.probs.dtype)
     if spec.smoothing:
         share = ct.smoothing[..., None]
         dz = dz - share * smoothing_distribution(dz.shape, dtype, res.smoothing_weights, res.where)
         if res.smoothing_weights is not None:
-            by_class = times(share, surprise)
-            if res.where is not None:
-                by_class = jnp.where(mask_like(res.where, by_class), by_class, jnp.zeros_like(by_class))
-            dweights = jnp.sum(by_class, tuple(range(by_class.ndim - 1)))
-    if res.where is not None:
-        dz = jnp.where(mask_like(res.where, dz), dz, jnp.zeros_like(dz))
+            dweights = jnp.sum(taking_part(times(share, surprise)), tuple(range(dz.ndim - 1)))
+    dz = taking_part(dz)
     if spec.logit_softcap is not None:
         t = jnp.tanh(res.logits.astype(dtype) / spec.logit_softcap)
         dz = dz * ((1 - t) * (1 + t))
