@@ -6,14 +6,15 @@ comparing two programs, not for promising a time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
 # Without these libtpu looks for the machine's metadata, which only a cloud machine has, and lets only one process in.
 for _name, _value in {
@@ -24,20 +25,77 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 _UNKNOWN = 2**63 - 1
 
 
 def compile_for(chip: str, f: Callable, *shapes: Any) -> dict[str, Any]:
-    """Bytes accessed, estimated cycles, temporary HBM, and the gathers and scatters in `f` compiled for one chip."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    one = SingleDeviceSharding(topology.devices[0])
-    program = jax.jit(f, in_shardings=one, out_shardings=one).lower(*shapes).compile()
+    """Bytes accessed, estimated cycles, temporary HBM, and the gathers and scatters in `f` compiled for one chip.
+
+    `cycles` counts the body of a loop as often as it runs; `bytes` counts it once.
+    """
+    device = _device(chip)
+    one = SingleDeviceSharding(device)
+    with traced_for(chip):
+        program = jax.jit(f, in_shardings=one, out_shardings=one).lower(*shapes).compile()
     text = program.as_text()
-    cycles = [int(c) for c in re.findall(r'"estimated_cycles":"(\d+)"', text)]
     return {
         "bytes": program.cost_analysis()["bytes accessed"],
-        "cycles": sum(c for c in cycles if c != _UNKNOWN),
+        "cycles": estimated_cycles(text),
         "temp_bytes": program.memory_analysis().temp_size_in_bytes,
         "gathers_and_scatters": [*re.findall(r"= (\S+) (?:gather|scatter)\(", text)],
     }
+
+
+def _device(chip: str) -> Any:
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
+
+
+@contextlib.contextmanager
+def traced_for(chip: str) -> Iterator[None]:
+    """While it lasts, code that asks for platform and chip as it is traced is told this chip."""
+    device = AbstractDevice(device_kind=_device(chip).device_kind, num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("i",), abstract_device=device)):
+        yield
+
+
+def estimated_cycles(text: str) -> int:
+    """The sum of the compiler's estimates in a compiled program, the body of a loop times the rounds it makes."""
+    computations, entry = _computations(text)
+
+    def total(name: str) -> int:
+        cycles = 0
+        for line in computations[name]:
+            if (found := re.search(r'"estimated_cycles":"(\d+)"', line)) and int(found[1]) != _UNKNOWN:
+                cycles += int(found[1])
+            if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                cycles += _rounds(line, computations[loop[1]]) * total(loop[2])
+            elif call := re.search(r" call\(.*to_apply=%?([\w.\-]+)", line):
+                cycles += total(call[1])
+            elif " conditional(" in line:
+                branches = re.findall(r"%([\w.\-]+)", line.split("_computation", 1)[1])
+                cycles += max(total(branch) for branch in branches if branch in computations)
+        return cycles
+
+    return total(entry)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation of a program, and the name of the one it begins with."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    entry = ""
+    for line in text.splitlines():
+        if found := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            lines = computations[found[2]] = []
+            entry = found[2] if found[1] else entry
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _rounds(loop: str, condition: list[str]) -> int:
+    """How often a loop runs: what the compiler knows, or else the constant that its counter is compared with."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
+        return int(known[1])
+    return max(map(int, re.findall(r"constant\((\d+)\)", "\n".join(condition))), default=1)

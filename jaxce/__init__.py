@@ -1,6 +1,7 @@
 """Softmax cross-entropy for JAX: exact to the last digits, with every option, fast and memory-lean."""
 
 from jaxce.compose import CrossEntropyAux
+from jaxce.linear import linear_cross_entropy, plan_linear_cross_entropy
 from jaxce.probs import cross_entropy_from_probs
 from jaxce.softmax import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 from jaxce.targets import SparseTargets
@@ -11,6 +12,8 @@ __all__ = [
     "CrossEntropyAux",
     "SparseTargets",
     "cross_entropy_from_probs",
+    "linear_cross_entropy",
+    "plan_linear_cross_entropy",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
 ]

@@ -148,6 +148,23 @@ def class_weights(x: Any, size: int) -> jax.Array:
     return jnp.asarray(x)
 
 
+def kernel(x: jax.Array, size: int, vocab_axis: int) -> None:
+    expected = ("V", size) if vocab_axis == 0 else (size, "V")
+    shape = f"shape [{expected[0]}, {expected[1]}] for hidden states of {size} features and vocab_axis={vocab_axis}"
+    if x.ndim != 2:
+        fail(ValueError, "kernel", shape, describe(x))
+    if x.shape[1 - vocab_axis] != size:
+        hint = f"If its classes are on the other axis, pass vocab_axis={1 - vocab_axis}."
+        fail(ValueError, "kernel", shape, describe(x), hint if x.shape[vocab_axis] == size else "")
+
+
+def bias(x: Any, size: int) -> jax.Array:
+    x = float_array("bias", x)
+    if x.shape != (size,):
+        fail(ValueError, "bias", f"shape ({size},), one number per class", describe(x))
+    return x
+
+
 def scalar(name: str, x: Any, low: float, high: float) -> None:
     """A number or a scalar array; Python and NumPy numbers must lie in [low, high]."""
     if not is_real(x) or jnp.result_type(x) == jnp.bool_:

@@ -19,6 +19,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxce import checks
+from jaxce.sharding import explicitly_sharded
 from jaxce.stats import Terms, times, working_dtype
 from jaxce.targets import Targets, class_weight_at, entry_probs, nan_where_unknown
 
@@ -160,26 +161,22 @@ def compose(
     probs = None if targets.indices is None else entry_probs(targets, options.ignore_index)
     weights = ones if amounts.weights is None else ones * jnp.broadcast_to(amounts.weights, like.shape)
     counted = counted_examples(targets, like, options, participating)
+    weight = applied_weights(targets, like, options, amounts, participating)
     unused = unused_examples(targets, like, options, amounts, participating)
     terms = jax.tree.map(lambda x: _zero_if_too_large(x, unused), terms)
 
     if targets.indices is None:
         target = terms.target
         nll = target if unweighted is None else _zero_if_too_large(unweighted, unused)
-        class_weight = ones
-        if amounts.class_weights is not None:  # Σ_c w_c t_c, which is w_y if they are one-hot
-            by_class = jnp.broadcast_to(amounts.class_weights, targets.probs.shape)
-            class_weight = jnp.sum(targets.probs.astype(dtype) * by_class, -1)
     else:
         idle = unused[..., None] if probs is None else unused[..., None] | (probs == 0)
         surprise = terms.target * nan_where_unknown(targets.indices, num_classes, idle).astype(dtype)
         probs = jnp.ones_like(surprise) if probs is None else probs.astype(dtype)
         nll = jnp.sum(times(probs, surprise), -1)
-        if amounts.class_weights is None:
-            target, class_weight = nll, ones
-        else:
+        target = nll
+        if amounts.class_weights is not None:
             entries = times(class_weight_at(amounts.class_weights, targets.indices), probs)
-            target, class_weight = jnp.sum(times(entries, surprise), -1), jnp.sum(entries, -1)
+            target = jnp.sum(times(entries, surprise), -1)
 
     loss = target
     if options.label_smoothing:
@@ -189,7 +186,6 @@ def compose(
         loss = loss + times(amounts.z_loss, terms.log_normalizer * terms.log_normalizer)
     zero = jnp.zeros_like(loss)
     loss = jnp.where(counted, weights * loss, zero)
-    weight = jnp.where(counted, weights * class_weight, zero)
     reduced = reduce(loss, weight, counted, options.reduction)
     if not options.return_aux:
         return reduced
@@ -207,6 +203,30 @@ def counted_examples(targets: Targets, like: Array, options: Options, participat
     return counted
 
 
+def applied_weights(
+    targets: Targets, like: Array, options: Options, amounts: Amounts, participating: Array | None = None
+) -> Array:
+    """The weight each example is given in the loss: its own times that of its class."""
+    weight = jnp.ones_like(like)
+    if amounts.class_weights is not None:
+        weight = _class_weight_of_examples(targets, amounts.class_weights, options)
+    if amounts.weights is not None:
+        weight = jnp.broadcast_to(amounts.weights, weight.shape) * weight
+    return jnp.where(counted_examples(targets, like, options, participating), weight, jnp.zeros_like(weight))
+
+
+def _class_weight_of_examples(targets: Targets, class_weights: Array, options: Options) -> Array:
+    """Σ_c w_c t_c, which is w_y for an index."""
+    if targets.indices is not None:
+        by_class = class_weight_at(class_weights, targets.indices)
+        probs = entry_probs(targets, options.ignore_index)
+        return jnp.sum(by_class if probs is None else times(by_class, probs.astype(by_class.dtype)), -1)
+    probs = targets.probs.astype(class_weights.dtype)
+    if explicitly_sharded(probs):  # a product over a sharded axis would have to be told how its result is sharded
+        return jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1)
+    return jnp.matmul(probs, class_weights, precision="highest")
+
+
 def unused_examples(
     targets: Targets, like: Array, options: Options, amounts: Amounts, participating: Array | None = None
 ) -> Array:
@@ -216,13 +236,17 @@ def unused_examples(
 
 
 def reduce(loss: Array, weight: Array, counted: Array, reduction: str) -> Array:
-    """The four reductions. A mean over nothing is 0, with gradient 0."""
+    """The four reductions."""
     if reduction == "none":
         return loss
-    total = jnp.sum(loss)
+    return average(jnp.sum(loss), weight, counted, reduction)
+
+
+def average(total: Array, weight: Array, counted: Array, reduction: str) -> Array:
+    """From the sum of the losses to their mean. A mean over nothing is 0, with gradient 0."""
     if reduction == "sum":
         return total
-    divisor = jnp.sum(weight) if reduction == "mean" else jnp.sum(counted.astype(loss.dtype))
+    divisor = jnp.sum(weight) if reduction == "mean" else jnp.sum(counted.astype(total.dtype))
     nothing = divisor == 0
     return jnp.where(nothing, 0, total / jnp.where(nothing, 1, divisor))
 

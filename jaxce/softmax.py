@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +13,10 @@ from jax import Array
 
 from jaxce import autodiff, checks
 from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose, unused_examples
+from jaxce.gradient import Row, effective, gradient
 from jaxce.layout import class_count, classes_last
-from jaxce.sharding import mask_like, vary_alike
-from jaxce.stats import (
-    RowStats,
-    Spec,
-    Terms,
-    exponentials,
-    finish,
-    put,
-    row_stats,
-    smoothing_distribution,
-    times,
-    working_dtype,
-)
+from jaxce.sharding import vary_alike
+from jaxce.stats import Spec, Terms, finish, row_stats
 from jaxce.targets import Targets, sort_by_kind
 
 
@@ -191,6 +181,13 @@ def _loss(
     logits: Array, targets: Targets, where: Array | None, amounts: Amounts, *, axes: tuple[int, ...], options: Options
 ) -> Array | tuple[Array, CrossEntropyAux]:
     logits, targets, where = classes_last(logits, targets, where, axes)
+    return loss_of_logits(logits, targets, where, amounts, options)
+
+
+def loss_of_logits(
+    logits: Array, targets: Targets, where: Array | None, amounts: Amounts, options: Options
+) -> Array | tuple[Array, CrossEntropyAux]:
+    """The loss, from checked arguments with the classes last."""
     num_classes = logits.shape[-1]
     participating = class_count(where, logits.shape)
     terms_of: Callable[..., Terms] = softmax_terms
@@ -215,7 +212,7 @@ def _loss(
     if options.return_aux:
         if weighted is not probs:
             unweighted = terms_of(Spec(options.logit_softcap), logits, None, probs, None, where).target
-        prediction = jnp.argmax(_effective(Spec(), logits, where), -1).astype(jnp.int32)
+        prediction = jnp.argmax(effective(Spec(), logits, where), -1).astype(jnp.int32)
     return compose(
         terms,
         targets,
@@ -229,15 +226,6 @@ def _loss(
 
 
 # --- the primitive --------------------------------------------------------------------------------------------------
-
-
-class _Residuals(NamedTuple):
-    logits: Array
-    indices: Array | None
-    probs: Array | None
-    smoothing_weights: Array | None
-    where: Array | None
-    stats: RowStats
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -256,107 +244,14 @@ def softmax_terms(
     return _terms_fwd(spec, logits, indices, probs, smoothing_weights, where)[0]
 
 
-def _effective(spec: Spec, logits: Array, where: Array | None) -> Array:
-    """The logits that the softmax sees: capped, then masked. Without either they keep their dtype."""
-    if spec.logit_softcap is not None:
-        logits = logits.astype(working_dtype(logits.dtype))
-        logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
-    return logits if where is None else jnp.where(mask_like(where, logits), logits, -jnp.inf)
-
-
 def _terms_fwd(spec, logits, indices, probs, smoothing_weights, where):
-    stats = row_stats(_effective(spec, logits, where), spec, indices, probs, smoothing_weights, where)
-    return finish(stats), _Residuals(logits, indices, probs, smoothing_weights, where, stats)
+    stats = row_stats(effective(spec, logits, where), spec, indices, probs, smoothing_weights, where)
+    return finish(stats), Row(logits, indices, probs, smoothing_weights, where, stats)
 
 
-def _terms_bwd(spec: Spec, res: _Residuals, ct: Terms):
-    """With p = softmax(z): d/dz_j = a·p_j + h·p_j·(max − z_j) − τ_j − σ_j, and the exact form at index targets.
-
-    a gathers whatever multiplies p in a row: the cotangents of the log-normalizer, of the target and smoothing terms
-    (times the mass of their distributions) and −h times the mean of max − z; h is the cotangent of the entropy;
-    τ and σ are target and smoothing distribution times their cotangents.
-    """
-    stats = res.stats
-    dtype = stats.rest.dtype
-    # A row that is not finite gives NaN, unless nothing depends on it: then it gives 0, which takes finite numbers.
-    dead = ~(jnp.isfinite(stats.max) & jnp.isfinite(stats.rest)) & ~_any_used(ct)
-
-    def alive(x: Array) -> Array:
-        return jnp.where(dead.reshape(dead.shape + (1,) * (x.ndim - dead.ndim)), jnp.zeros_like(x), x)
-
-    def taking_part(x: Array) -> Array:
-        return x if res.where is None else jnp.where(mask_like(res.where, x), x, jnp.zeros_like(x))
-
-    z = _effective(spec, res.logits, res.where)
-    maximum, rest = alive(stats.max), alive(stats.rest)
-    inverse = 1 / (1 + rest)
-    a = ct.log_normalizer + (jnp.sum(ct.target, -1) if res.indices is not None else ct.target * stats.target.mass)
-    if spec.smoothing:
-        a = a + ct.smoothing * stats.smoothing.mass
-    e = alive(exponentials(z, stats.max))
-    z = z.astype(dtype)
-    if spec.entropy:
-        h = ct.entropy * inverse
-        a = a - h * alive(stats.spread)
-        dz = e * ((a * inverse)[..., None] + h[..., None] * _finite_distance(maximum[..., None] - alive(z)))
-    else:
-        dz = e * (a * inverse)[..., None]
-    if res.indices is not None:
-        dz = put(dz, res.indices, _at_targets(spec, res.indices, ct, a, alive(stats.picked), maximum, rest, inverse))
-
-    dprobs = dweights = None
-    surprise = (maximum[..., None] - alive(z)) + jnp.log1p(rest)[..., None]  # −log p
-    if res.probs is not None:
-        dz = dz - ct.target[..., None] * res.probs.astype(dtype)
-        dprobs = taking_part(times(ct.target[..., None], surprise)).astype(res.probs.dtype)
-    if spec.smoothing:
-        share = ct.smoothing[..., None]
-        dz = dz - share * smoothing_distribution(dz.shape, dtype, res.smoothing_weights, res.where)
-        if res.smoothing_weights is not None:
-            dweights = jnp.sum(taking_part(times(share, surprise)), tuple(range(dz.ndim - 1)))
-    dz = taking_part(dz)
-    if spec.logit_softcap is not None:
-        t = jnp.tanh(res.logits.astype(dtype) / spec.logit_softcap)
-        dz = dz * ((1 - t) * (1 + t))
-    return dz.astype(res.logits.dtype), None, dprobs, dweights, None
-
-
-def _at_targets(
-    spec: Spec,
-    indices: Array,
-    ct: Terms,
-    a: Array,
-    picked: Array,
-    maximum: Array,
-    rest: Array,
-    inverse: Array,
-) -> Array:
-    """dz at the K target indices, before smoothing: p·a − c without the cancellation of p − 1.
-
-    With c the sum of the cotangents of all entries on this class, p·a − c = p·(a − c) − (1 − p)·c, and the mass of all
-    the other classes, 1 − p, is (rest − expm1(z − max))/(1 + rest): two numbers of one sign.
-    """
-    below = picked - maximum[..., None]
-    same = indices[..., :, None] == indices[..., None, :]
-    c = jnp.sum(jnp.where(same, ct.target[..., None, :], jnp.zeros_like(ct.target[..., None, :])), -1)
-    others = rest[..., None] - jnp.expm1(below)
-    value = jnp.exp(below) * (inverse[..., None] * (a[..., None] - c)) - (inverse[..., None] * c) * others
-    if spec.entropy:
-        value = value + jnp.exp(below) * ((inverse * ct.entropy)[..., None] * _finite_distance(-below))
-    return value
-
-
-def _finite_distance(below: Array) -> Array:
-    """max − z, or where that is infinite the largest float: there exp(z − max) is 0, and so must their product be."""
-    return jnp.minimum(below, jnp.finfo(below.dtype).max)
-
-
-def _any_used(ct: Terms) -> Array:
-    used = ct.log_normalizer != 0
-    for x in (ct.target, ct.smoothing, ct.entropy):
-        if x is not None:
-            used = used | (jnp.any(x != 0, -1) if x.ndim > used.ndim else x != 0)
-    return used
+def _terms_bwd(spec: Spec, row: Row, ct: Terms):
+    dlogits, dprobs, dweights = gradient(spec, row, ct)
+    return dlogits, None, dprobs, dweights, None
 
 
 softmax_terms.defvjp(_terms_fwd, _terms_bwd)

@@ -209,8 +209,8 @@ def normalizer(logits: Array) -> tuple[Array, Array]:
 def _normalizer_fused(logits: Array) -> tuple[Array, Array]:
     maximum = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
     e = _exponentials(logits, maximum)
-    total = jnp.sum(e, -1)
-    return maximum, _rest(total, jnp.sum(_low(e), -1), jnp.sum(_high(e), -1))
+    low = _low(e)
+    return maximum, _rest(jnp.sum(e, -1), jnp.sum(low, -1), jnp.sum(e - low, -1))
 
 
 def _normalizer_cpu(logits: Array) -> tuple[Array, Array]:

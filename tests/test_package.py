@@ -21,6 +21,8 @@ PUBLIC = {
     "CrossEntropyAux",
     "SparseTargets",
     "cross_entropy_from_probs",
+    "linear_cross_entropy",
+    "plan_linear_cross_entropy",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
 }

@@ -1,0 +1,283 @@
+"""Softmax cross-entropy of hidden states and a kernel: check, plan, compute, compose."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxce import checks
+from jaxce.compose import CrossEntropyAux, Options, checked_options, unused_examples
+from jaxce.linear import blocks, rule
+from jaxce.linear import plan as plans
+from jaxce.linear.tokens import Shared, Tokens, amounts_of, targets_of
+from jaxce.softmax import loss_of_logits
+from jaxce.targets import sort_by_kind
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Any, kernel: Any, targets: Any, *, return_aux: Literal[True], **options: Any
+) -> tuple[Array, CrossEntropyAux]: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Any, kernel: Any, targets: Any, *, return_aux: Literal[False] = False, **options: Any
+) -> Array: ...
+
+
+def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what does not change the return type
+    hidden: Any,
+    kernel: Any,
+    targets: Any,
+    *,
+    bias: Any = None,
+    vocab_axis: int = 1,
+    where: Any = None,
+    weights: Any = None,
+    class_weights: Any = None,
+    label_smoothing: Any = 0.0,
+    ignore_index: int | None = None,
+    z_loss: Any = 0.0,
+    logit_softcap: float | None = None,
+    reduction: str = "none",
+    axis_name: Any = None,
+    return_aux: bool = False,
+    implementation: str | None = None,
+    mode: str | None = None,
+    memory_budget: int | None = None,
+    precision: Any = None,
+) -> Array | tuple[Array, CrossEntropyAux]:
+    r"""Softmax cross-entropy of the logits `hidden @ kernel + bias`, without ever holding the logits.
+
+    For hidden state :math:`h`, kernel :math:`W` and bias :math:`b`, it equals
+
+    .. math:: \operatorname{softmax\_cross\_entropy}(h W + b,\ \text{targets}, \ldots)
+
+    in value and in every gradient, for every option and every kind of target. Logits exist one block at a time, in
+    float32; a language model with N tokens and V classes needs no memory that grows with N·V.
+
+    Args:
+      hidden: floats `[..., D]`.
+      kernel: floats `[D, V]`; or `[V, D]`, such as a tied embedding table, with `vocab_axis=0`. No transposed
+        copy is made of it or its gradient.
+      targets: integers `[...]` from 0 to V-1, floats `[..., V]`, or `jaxce.SparseTargets`.
+      bias: floats `[V]`.
+      vocab_axis: which axis of the kernel has the classes.
+      where: bools that broadcast to `[..., V]`: the classes that take part.
+      weights, class_weights, label_smoothing, ignore_index, z_loss, logit_softcap, reduction: as in
+        `jaxce.softmax_cross_entropy`.
+      axis_name: not supported yet.
+      return_aux: also return a `jaxce.CrossEntropyAux`.
+      implementation: `"autodiff"` is plain JAX for forward mode (jvp, jacfwd, linearize), and does hold the logits.
+      mode: `"recompute"` goes through blocks of the vocabulary, twice: once for the loss and once for the gradient,
+        which takes four matmuls and hardly any memory. `"store"` goes through blocks of tokens and computes the
+        gradients along with the loss, three matmuls; it is for losses that are one number (`reduction` not "none"), and
+        holds one block of logits with the whole vocabulary. It leaves blocks out that hold only ignored examples or
+        examples of weight 0. None: chosen by backend and shape.
+      memory_budget: bytes that loss and gradient may take beyond arguments and results; blocks are made smaller until
+        they fit. See `jaxce.plan_linear_cross_entropy`.
+      precision: of the matmuls, as in `jax.lax.dot_general`.
+
+    Returns:
+      The loss in nats, float64 if hidden or kernel is and float32 otherwise; with `return_aux`, `(loss, aux)`.
+      Gradients have the dtype of their argument and are summed in float32.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype, shape or range, or a budget too small for any plan.
+      NotImplementedError: `axis_name` is given.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> hidden = jnp.array([[1.0, -0.5], [0.2, 2.0]])
+      >>> embedding = jnp.array([[0.5, 1.0], [-1.0, 0.3], [2.0, 0.1]])  # [V, D]
+      >>> labels = jnp.array([2, 0])
+      >>> print(jaxce.linear_cross_entropy(hidden, embedding, labels, vocab_axis=0, reduction="mean"))
+      0.25615886
+
+    Note:
+      Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024; Hsu et al., "Liger Kernel", 2024,
+      section 3.2, for gradients computed along with the loss.
+    """
+    tokens, shared, options, projection, plan = _checked(
+        hidden,
+        kernel,
+        targets,
+        bias=bias,
+        vocab_axis=vocab_axis,
+        where=where,
+        weights=weights,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        logit_softcap=logit_softcap,
+        reduction=reduction,
+        axis_name=axis_name,
+        return_aux=return_aux,
+        implementation=implementation,
+        mode=mode,
+        memory_budget=memory_budget,
+        precision=precision,
+    )
+    return _loss(tokens, shared, options=options, projection=projection, plan=plan)
+
+
+def plan_linear_cross_entropy(hidden: Any, kernel: Any, targets: Any, **options: Any) -> plans.LinearPlan:
+    r"""What `jaxce.linear_cross_entropy` will do with the same arguments: mode, block sizes, memory, operations.
+
+    For N tokens of D features and V classes the matmuls of loss and gradients take
+
+    .. math:: 2 N D V \cdot \begin{cases} 4 & \text{mode "recompute"} \\ 3 & \text{mode "store"} \end{cases}
+
+    floating-point operations.
+
+    Args:
+      hidden, kernel, targets, options: as there; arrays or `jax.ShapeDtypeStruct`. Nothing is computed.
+
+    Returns:
+      A `LinearPlan`; `print` shows it.
+
+    Raises:
+      TypeError, ValueError: what `jaxce.linear_cross_entropy` would raise.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> hidden = jax.ShapeDtypeStruct((4096, 512), jnp.float32)
+      >>> kernel = jax.ShapeDtypeStruct((512, 50304), jnp.float32)
+      >>> labels = jax.ShapeDtypeStruct((4096,), jnp.int32)
+      >>> plan = jaxce.plan_linear_cross_entropy(hidden, kernel, labels, mode="recompute")
+      >>> plan.flops
+      843961073664
+
+    Note:
+      The block sizes and the defaults of `jaxce.linear.plan` come from measurements and from compiled programs.
+    """
+    given = {"hidden": hidden, "kernel": kernel, "targets": targets, **options}
+    is_array = {name: all(map(_has_shape, jax.tree.leaves(x))) and x is not None for name, x in given.items()}
+    constants = {name: x for name, x in given.items() if not is_array[name]}
+    plans = []
+    jax.eval_shape(
+        lambda arrays: plans.append(_checked(**arrays, **constants)[-1]),
+        {name: x for name, x in given.items() if is_array[name]},
+    )
+    return plans[0]
+
+
+def _has_shape(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _checked(
+    hidden: Any,
+    kernel: Any,
+    targets: Any,
+    *,
+    bias: Any = None,
+    vocab_axis: int = 1,
+    where: Any = None,
+    mode: str | None = None,
+    memory_budget: int | None = None,
+    precision: Any = None,
+    **options: Any,
+) -> tuple[Tokens, Shared, Options, blocks.Projection, plans.LinearPlan]:
+    hidden = checks.float_array("hidden", hidden)
+    kernel = checks.float_array("kernel", kernel)
+    *batch, D = hidden.shape
+    checks.one_of("vocab_axis", vocab_axis, (0, 1, -2, -1))
+    projection = blocks.Projection(vocab_axis % 2, precision, retiles=plans.retiles(), transposes=plans.transposes())
+    checks.kernel(kernel, D, projection.vocab_axis)
+    V = kernel.shape[projection.vocab_axis]
+    checks.num_classes("kernel", V)
+    full = (*batch, V)
+    by_kind = sort_by_kind(targets, tuple(batch), full)
+    if where is not None:
+        where = checks.where_mask(where, full, tuple(batch), (len(batch),))
+    if bias is not None:
+        bias = checks.bias(bias, V)
+    dtype = blocks.matmul_dtype(hidden, kernel)
+    constants, amounts = checked_options(by_kind, tuple(batch), V, dtype, **options)
+    _check_mode(mode, memory_budget, constants)
+    problem = plans.Problem(
+        math.prod(batch),
+        D,
+        V,
+        hidden.dtype,
+        kernel.dtype,
+        None if by_kind.indices is None else by_kind.indices.shape[-1],
+        constants,
+        class_weights=amounts.class_weights is not None,
+        mask_per_token=where is not None and math.prod(where.shape[:-1]) > 1,
+    )
+    plan = plans.make_plan(problem, mode, memory_budget)
+    tokens = Tokens(hidden, by_kind.indices, by_kind.probs, amounts.weights, where)
+    shared = Shared(kernel, bias, amounts.class_weights, amounts.label_smoothing, amounts.z_loss)
+    return tokens, shared, constants, projection, plan
+
+
+def _check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
+    checks.one_of("mode", mode, (None, *plans.MODES))
+    if memory_budget is not None and (
+        isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, np.integer))
+    ):
+        checks.fail(TypeError, "memory_budget", "None or a number of bytes, an int", checks.describe(memory_budget))
+    if mode == "store" and options.reduction == "none":
+        hint = "Reduce in the loss, reduction='sum' for instance, or use mode='recompute'."
+        checks.fail(ValueError, "mode", "'recompute' for reduction='none'", "'store', which needs one number", hint)
+    if options.implementation == "autodiff" and (mode, memory_budget) != (None, None):
+        hint = "It holds all the logits; leave mode and memory_budget out."
+        checks.fail(ValueError, "implementation", "'xla' with a mode or a memory budget", "'autodiff'", hint)
+
+
+@functools.partial(jax.jit, static_argnames=("options", "projection", "plan"))
+def _loss(
+    tokens: Tokens, shared: Shared, *, options: Options, projection: blocks.Projection, plan: plans.LinearPlan
+) -> Array | tuple[Array, CrossEntropyAux]:
+    V = shared.kernel.shape[projection.vocab_axis]
+    tokens = tokens._replace(hidden=_without_unused(tokens, shared, options, V, plan.block_v))
+    if options.implementation == "autodiff":
+        z = blocks.logits(tokens.hidden, shared.kernel, shared.bias, projection)
+        return loss_of_logits(z, targets_of(tokens), tokens.where, amounts_of(tokens, shared), options)
+    if plan.mode == "recompute":
+        return rule.recomputed_loss(projection, plan.block_v, options, tokens, shared)
+    batch = tokens.hidden.shape[:-1]
+    result = rule.stored_loss(projection, plan.block_n, plan.block_v, options, _flat(tokens, batch), shared)
+    if not options.return_aux:
+        return result
+    loss, aux = result
+    return loss, jax.tree.map(lambda x: x.reshape(batch), aux)
+
+
+def _without_unused(tokens: Tokens, shared: Shared, options: Options, V: int, block_v: int) -> Array:
+    """The hidden states, but 0 for what is not finite in unused tokens: in a matmul 0·NaN would reach everything."""
+    hidden = tokens.hidden
+    if options.ignore_index is None and tokens.weights is None and tokens.where is None:
+        return hidden
+    classes = blocks.participating(tokens.where, (*hidden.shape[:-1], V), block_v)
+    unused = unused_examples(targets_of(tokens), jnp.sum(hidden, -1), options, amounts_of(tokens, shared), classes)
+    return jnp.where(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros_like(hidden), hidden)
+
+
+def _flat(tokens: Tokens, batch: tuple[int, ...]) -> Tokens:
+    """One axis of N tokens in place of the batch axes."""
+    n = math.prod(batch)
+
+    def flat(x: Array | None) -> Array | None:
+        return None if x is None else x.reshape(n, x.shape[-1])
+
+    where = tokens.where
+    if where is not None and math.prod(where.shape[:-1]) != 1:
+        where = jnp.broadcast_to(where, (*batch, where.shape[-1]))
+    return Tokens(
+        flat(tokens.hidden),
+        flat(tokens.indices),
+        flat(tokens.probs),
+        None if tokens.weights is None else jnp.broadcast_to(tokens.weights, batch).reshape(n),
+        where if where is None else where.reshape(-1, where.shape[-1]),
+    )

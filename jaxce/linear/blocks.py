@@ -1,0 +1,118 @@
+"""Hidden states times a kernel, a block of it at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxce.layout import class_count
+from jaxce.stats import working_dtype
+
+State = TypeVar("State")
+
+
+class Projection(NamedTuple):
+    """How hidden states become logits: constants of the compiled program."""
+
+    vocab_axis: int = 1  # of the kernel: 1 for [D, V], 0 for [V, D]
+    precision: Any = None
+    retiles: bool = False  # both: see `jaxce.linear.plan`
+    transposes: bool = False
+
+
+def over_blocks(length: int, size: int, block: Callable[[Any, int, State], State], state: State) -> State:
+    """Folds `block(start, size, state)` over 0..length. What is left at the end is a block of its own, not padded."""
+    whole, left = divmod(length, size)
+    if whole == 1:
+        state = block(0, size, state)
+    elif whole:
+        state = lax.fori_loop(0, whole, lambda i, state: block(i * size, size, state), state)
+    return block(whole * size, left, state) if left else state
+
+
+def take(x: Array, start: Any, size: int, axis: int) -> Array:
+    """The elements from `start` on, and all of `x` if one stands for every element."""
+    return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, start, size, axis % x.ndim)
+
+
+def put(whole: Array, part: Array, start: Any, axis: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis % whole.ndim)
+
+
+def gather_classes(kernel: Array, start: Any, size: int, vocab_axis: int) -> Array:
+    """`take` of a block of the kernel, as a gather of rows or of two halves (see "Retiling" in `jaxce.linear.plan`)."""
+    D = kernel.shape[1 - vocab_axis]
+    start = jnp.asarray(start, jnp.int32)
+    if vocab_axis == 0:
+        rows = kernel.at[start + jnp.arange(size, dtype=jnp.int32)]
+        return rows.get(mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
+    if D % 2:
+        return take(kernel, start, size, 1)
+    corners = jnp.stack([jnp.array([0, D // 2], jnp.int32), jnp.stack([start, start])], -1)
+    halves = lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0, 1))
+    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return lax.gather(kernel, corners, halves, (D // 2, size), mode=mode).reshape(D, size)
+
+
+def participating(where: Array | None, shape: tuple[int, ...], block_v: int) -> Array | None:
+    """`class_count`, a block of the classes at a time: a mask `[..., V]` is not written out as numbers."""
+    if where is None or math.prod(where.shape[:-1]) == 1:
+        return class_count(where, shape)
+
+    def block(start: Any, size: int, count: Array) -> Array:
+        return count + class_count(take(where, start, size, -1), (*shape[:-1], size))
+
+    return over_blocks(shape[-1], block_v, block, jnp.zeros(shape[:-1], jnp.int32))
+
+
+def matmul_dtype(hidden: Array, kernel: Array) -> jnp.dtype:
+    """What `hidden @ kernel` casts its factors to. The products are summed in its working dtype."""
+    return jnp.promote_types(hidden.dtype, kernel.dtype)
+
+
+def logits(hidden: Array, kernel: Array, bias: Array | None, projection: Projection) -> Array:
+    """hidden @ kernel + bias, in the working dtype."""
+    dtype = matmul_dtype(hidden, kernel)
+    z = contract(hidden, -1, kernel, 1 - projection.vocab_axis, dtype, projection)
+    return z if bias is None else z + jnp.broadcast_to(bias.astype(z.dtype), z.shape)
+
+
+def gradients(
+    dz: Array, hidden: Array, kernel: Array, projection: Projection, hidden_t: Array | None = None
+) -> tuple[Array, Array]:
+    """dhidden and dkernel, in the working dtype, for the gradient of the logits. `hidden_t` has D first."""
+    dtype = matmul_dtype(hidden, kernel)
+    if dtype == jnp.float16:  # the gradients of unlikely classes would vanish in it
+        dtype = dz.dtype
+    # Without the barriers TPU compilers compute dz once for each of the two products.
+    dz = lax.optimization_barrier(dz.astype(dtype))
+    rows = tuple(range(dz.ndim - 1))
+    dhidden = contract(dz, -1, kernel, projection.vocab_axis, dtype, projection)
+    if hidden_t is not None:
+        dkernel = contract(hidden_t, tuple(i + 1 for i in rows), dz, rows, dtype, projection)
+        dkernel = dkernel if projection.vocab_axis else dkernel.T
+    elif projection.vocab_axis:
+        dkernel = contract(hidden, rows, dz, rows, dtype, projection)
+    else:
+        dkernel = contract(dz, rows, hidden, rows, dtype, projection)
+    return dhidden, lax.optimization_barrier(dkernel) if projection.retiles else dkernel
+
+
+def contract(a: Array, a_axes: Any, b: Array, b_axes: Any, dtype: DTypeLike, projection: Projection) -> Array:
+    """The sum over an axis (or several) of both of the products of `a` and `b`, which are cast to `dtype`."""
+
+    def axes_of(x: Array, axes: Any) -> tuple[int, ...]:
+        return tuple(i % x.ndim for i in (axes if isinstance(axes, tuple) else (axes,)))
+
+    return lax.dot_general(
+        a.astype(dtype),
+        b.astype(dtype),
+        ((axes_of(a, a_axes), axes_of(b, b_axes)), ((), ())),
+        precision=projection.precision,
+        preferred_element_type=working_dtype(dtype),
+    )

@@ -1,0 +1,215 @@
+"""Which mode and which block sizes: chosen from shapes, dtypes, the backend and the memory allowed. And why.
+
+**Mode.** "store" saves one matmul of four, but keeps a block of the logits with the whole vocabulary and sums dkernel
+in float32 from block to block. On CPU, where matmuls take most of the time, it is the faster one wherever it applies
+(`benchmarks/results/linear-cpu.json`). Compiled for TPU, "recompute" keeps everything it needs in on-chip memory, so it
+is the default there, and on GPU, where nothing was measured.
+
+**Blocks.** A block of logits of 2²³ numbers, 32 MiB, fits the on-chip memory of every TPU beside the other operands:
+1024 classes for 8192 tokens. Smaller blocks make the compiled programs slower (512: 67 M cycles for 54 M on v6e),
+larger ones spill (2048: 68 MB). On CPU the time depends little on it, but small blocks keep the memory small.
+
+**Retiling.** Compiled for TPU7x, operands of matmuls are wanted in tiles of 16 x 128, while arguments and results come
+in tiles of 8 x 128. A kernel that a loop slices is copied whole before the loop, once for each pass: 1.2 GB for
+131,072 classes. What a gather picks is retiled as it comes; gradients are rounded after they were retiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxce import checks
+from jaxce.compose import Options
+from jaxce.stats import working_dtype
+
+MODES = ("recompute", "store")
+
+_LANES = 128  # blocks of classes are multiples of this
+_BLOCK = 2**23  # logits in a block, "recompute"
+_CPU_BLOCK = 2**21
+_KEPT = 2**26  # logits of a block of tokens, "store"; more of them are summed up faster, but take more memory
+_MOST_TOKENS = 1024
+_KEPT_BLOCK = 2**20  # the part of them that is worked on at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a plan depends on."""
+
+    N: int
+    D: int
+    V: int
+    hidden: jnp.dtype
+    kernel: jnp.dtype
+    entries: int | None  # K of index targets, None for probabilities [N, V]
+    options: Options
+    class_weights: bool
+    mask_per_token: bool
+
+    @property
+    def matmul(self) -> jnp.dtype:
+        return jnp.promote_types(self.hidden, self.kernel)
+
+    @property
+    def working(self) -> jnp.dtype:
+        return working_dtype(self.matmul)
+
+    @property
+    def arrays(self) -> int:
+        """How many arrays as large as a block of logits are alive at once: logits, gradient, and what options need."""
+        dense, o = self.entries is None, self.options
+        return (
+            2
+            + (o.logit_softcap is not None)
+            + o.label_smoothing
+            + 2 * o.return_aux
+            + dense * (2 + o.return_aux + self.class_weights)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearPlan:
+    """How `jaxce.linear_cross_entropy` will compute a loss and its gradients.
+
+    Attributes:
+      mode: `"recompute"` or `"store"`.
+      block_n: tokens in a block ("store"; all of them otherwise).
+      block_v: classes in a block ("recompute", and "store" where no gradient is wanted).
+      temp_bytes: bytes of loss and gradient beyond arguments and results: an upper bound on CPU, and elsewhere what
+        would be needed if nothing stayed in on-chip memory.
+      logits_bytes: what the logits alone would take in the working dtype.
+      flops: floating-point operations of the matmuls of loss and gradient.
+      backend: the platform it was made for.
+    """
+
+    mode: str
+    block_n: int
+    block_v: int
+    temp_bytes: int
+    logits_bytes: int
+    flops: int
+    backend: str
+
+    def __str__(self) -> str:
+        blocks = f"{self.block_n:,} tokens" if self.mode == "store" else f"{self.block_v:,} classes"
+        return (
+            f"mode          {self.mode}, on {self.backend}\n"
+            f"blocks        {blocks}\n"
+            f"extra memory  {_megabytes(self.temp_bytes)} for loss and gradient; the logits would be "
+            f"{_megabytes(self.logits_bytes)}\n"
+            f"matmuls       {self.flops / 1e9:,.1f} GFLOP"
+        )
+
+
+def make_plan(problem: Problem, mode: str | None, memory_budget: int | None) -> LinearPlan:
+    """The fastest plan that stays within the budget."""
+    platform, _ = chip()
+    if mode is not None:
+        modes = [mode]
+    elif problem.options.reduction == "none":
+        modes = ["recompute"]
+    else:
+        modes = ["store", "recompute"] if platform == "cpu" else ["recompute", "store"]
+    candidates = [plan for mode in modes for plan in _plans(problem, mode, platform)]
+    if memory_budget is None:
+        return candidates[0]
+    smallest = min(candidates, key=lambda plan: plan.temp_bytes)
+    if memory_budget < smallest.temp_bytes:
+        checks.fail(
+            ValueError,
+            "memory_budget",
+            f"at least {smallest.temp_bytes:,} bytes for these shapes (mode {smallest.mode!r})",
+            f"{memory_budget:,}",
+            "Fewer tokens at a time need less.",
+        )
+    return next(plan for plan in candidates if plan.temp_bytes <= memory_budget)
+
+
+def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
+    """Plans of one mode from the preferred block size down."""
+    N, V = problem.N, problem.V
+    if mode == "recompute":
+        target = (_CPU_BLOCK if platform == "cpu" else _BLOCK) // max(N, 1)
+        blocks = [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES), _LANES)]
+    else:
+        sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1), 8)
+        blocks = [(n, _sizes(V, max(_KEPT_BLOCK // max(n, 1), 4 * _LANES), _LANES)[0]) for n in sizes]
+    bytes_of = _recompute_bytes if mode == "recompute" else _store_bytes
+    return [
+        LinearPlan(
+            mode=mode,
+            block_n=block_n,
+            block_v=block_v,
+            temp_bytes=bytes_of(problem, block_n, block_v),
+            logits_bytes=N * V * problem.working.itemsize,
+            flops=(4 if mode == "recompute" else 3) * 2 * N * problem.D * V,
+            backend=platform,
+        )
+        for block_n, block_v in blocks
+    ]
+
+
+def _sizes(length: int, target: int, multiple: int) -> list[int]:
+    """Block sizes from about `target` down to one: a divisor of `length` if there is one near."""
+    sizes = []
+    while target > 1:
+        size = length
+        if target < length:
+            size = max(target // multiple, 1) * multiple if target >= multiple else target
+            near = [s for s in range(size, size // 2, -min(multiple, size)) if length % s == 0]
+            size = near[0] if near else size
+        sizes.append(size)
+        target = size // 2
+    return [*sizes, 1] if not sizes or sizes[-1] > 1 else sizes
+
+
+def _recompute_bytes(p: Problem, block_n: int, block_v: int) -> int:
+    return _block_bytes(p, block_n, block_v) + _row_bytes(p)
+
+
+def _store_bytes(p: Problem, block_n: int, block_v: int) -> int:
+    kept = block_n + p.N % max(block_n, 1)  # the block that is left at the end has memory of its own
+    sums = 0 if p.kernel == p.working else p.D * p.V * p.working.itemsize
+    arrays = 1 + (p.entries is None) + p.mask_per_token / 4  # logits; probabilities and masks of the same tokens
+    return int(arrays * kept * p.V) * p.working.itemsize + sums + _block_bytes(p, kept, block_v) + _row_bytes(p)
+
+
+def _block_bytes(p: Problem, block_n: int, block_v: int) -> int:
+    """A block of logits and what is made of it: arrays of its size, and the factors of the matmuls."""
+    classes = min(block_v + p.V % block_v, p.V)
+    factors = p.D * (block_n + 2 * classes)
+    size = p.arrays * block_n * classes + factors
+    if not p.hidden == p.kernel == p.working:  # narrow, and on CPU widened again for the matmuls
+        size += 2 * (block_n * classes + factors)
+    return size * p.working.itemsize
+
+
+def _row_bytes(p: Problem) -> int:
+    """Numbers per token and class, and hidden states without or in the order of the unused ones."""
+    numbers = p.N * (32 + 12 * (p.entries or 0) + 2 * p.D) + 4 * p.V
+    if p.entries is None and p.hidden != p.working and chip()[0] == "cpu":
+        numbers += p.N * p.V  # the gradient of narrow probabilities is written in the working dtype first
+    return numbers * p.working.itemsize + 2**16
+
+
+def chip() -> tuple[str, str]:
+    """Platform and kind of the device that is compiled for, as far as can be known while tracing."""
+    default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
+    device = jax.sharding.get_abstract_mesh().abstract_device or default or jax.devices()[0]
+    return (device, "") if isinstance(device, str) else (device.platform, device.device_kind)
+
+
+def retiles() -> bool:
+    return chip()[1] == "TPU7x"
+
+
+def transposes() -> bool:
+    return chip()[0] == "cpu"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

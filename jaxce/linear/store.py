@@ -1,0 +1,143 @@
+"""Blocks of tokens with the whole vocabulary, and their gradients in the same breath.
+
+For a loss that is one number, every token's share in the gradient is known as soon as its logits are, up to the one
+number that the backward pass brings. So the logits are computed once and kept until their gradient is taken: three
+matmuls for loss and gradient. What stays is the gradients themselves, and one block of logits at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxce.compose import Amounts, CrossEntropyAux, Options, compose, unused_examples
+from jaxce.linear import vocabulary
+from jaxce.linear.blocks import Projection, matmul_dtype, over_blocks, participating, put, take
+from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, spec_of, targets_of
+from jaxce.stats import Spec, Terms, finish, working_dtype
+from jaxce.targets import Targets
+
+
+class _State(NamedTuple):
+    total: Array
+    aux: CrossEntropyAux | None
+    tokens: Tokens  # gradients
+    shared: Shared  # gradients, summed in the working dtype
+
+
+def forward(
+    projection: Projection, block_n: int, block_v: int, options: Options, tokens: Tokens, shared: Shared
+) -> tuple[Array, CrossEntropyAux | None, Tokens, Shared]:
+    """The sum of the losses, the aux record, and the gradients of the sum."""
+    n = tokens.hidden.shape[0]
+    count, order = n, None
+    if block_n < n and not options.return_aux:  # which says something of unused tokens too
+        tokens, count, order = _used_first(tokens, shared, options, projection, block_v)
+
+    def block(start: Any, size: int, state: _State) -> _State:
+        def add(state: _State) -> _State:
+            x = jax.tree.map(lambda a: take(a, start, size, 0), tokens) if size < n else tokens
+            total, aux, written, sums = _block(projection, block_v, options, x, shared, state.shared)
+
+            def write(whole: Array, part: Array) -> Array:
+                return put(whole, part, start, 0)
+
+            return _State(
+                state.total + total,
+                jax.tree.map(write, state.aux, aux),
+                jax.tree.map(write, state.tokens, written),
+                sums,
+            )
+
+        return add(state) if order is None else lax.cond(start < count, add, lambda state: state, state)
+
+    dtype = working_dtype(matmul_dtype(tokens.hidden, shared.kernel))
+    rows = jnp.zeros((n,), dtype)
+    state = _State(
+        jnp.zeros((), dtype),
+        CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), rows) if options.return_aux else None,
+        jax.tree.map(lambda x: jnp.zeros(x.shape, _kept_in(x)), tokens._replace(indices=None, where=None)),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, working_dtype(x.dtype)), shared),
+    )
+    if n:
+        state = over_blocks(n, block_n, block, state)
+    dtokens = state.tokens
+    if order is not None:
+        dtokens = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), dtokens)
+    dshared = jax.tree.map(lambda sum, x: sum.astype(_kept_in(x)), state.shared, shared)
+    return state.total, state.aux, dtokens, dshared
+
+
+def _used_first(
+    tokens: Tokens, shared: Shared, options: Options, projection: Projection, block_v: int
+) -> tuple[Tokens, Any, Array | None]:
+    """The tokens with the unused ones last, the number of the others, and their order.
+
+    Not where all are used, and not where probabilities or a mask `[N, V]` would have to be moved with them.
+    """
+    heavy = tokens.indices is None or (tokens.where is not None and tokens.where.shape[0] > 1)
+    if heavy or (options.ignore_index is None and tokens.weights is None):
+        return tokens, tokens.hidden.shape[0], None
+    shape = (tokens.hidden.shape[0], shared.kernel.shape[projection.vocab_axis])
+    classes = participating(tokens.where, shape, block_v)
+    like = jnp.sum(tokens.hidden, -1)
+    unused = unused_examples(targets_of(tokens), like, options, amounts_of(tokens, shared), classes)
+    order = jnp.argsort(unused, stable=True)
+    ordered = jax.tree.map(lambda x: x if x.shape[0] == 1 else jnp.take(x, order, axis=0), tokens)
+    return ordered, jnp.sum(~unused), order
+
+
+def _block(
+    projection: Projection, block_v: int, options: Options, tokens: Tokens, shared: Shared, sums: Shared
+) -> tuple[Array, CrossEntropyAux | None, Tokens, Shared]:
+    """Loss, aux record and gradients of a block of tokens; what belongs to all tokens is added to `sums`."""
+    spec, inputs = spec_of(options), inputs_of(tokens, shared, options)
+    stats, kept = vocabulary.forward(projection, block_v, spec, inputs, keep=True)
+    unweighted = None
+    if options.return_aux and inputs.target_weights is not None:
+        without = inputs._replace(target_weights=None, smoothing_weights=None)
+        unweighted = vocabulary.forward(projection, block_v, Spec(options.logit_softcap), without, kept=kept)[0]
+    num_classes = shared.kernel.shape[projection.vocab_axis]
+
+    def loss(terms: Terms, probs: Array | None, amounts: Amounts) -> tuple[Array, CrossEntropyAux | None]:
+        result = compose(
+            terms,
+            Targets(tokens.indices, probs),
+            num_classes,
+            amounts,
+            options,
+            participating=participating(tokens.where, (tokens.hidden.shape[0], num_classes), block_v),
+            unweighted=None if unweighted is None else finish(unweighted).target,
+            prediction=stats.argmax,
+        )
+        return result if isinstance(result, tuple) else (result, None)
+
+    total, pullback, aux = jax.vjp(loss, finish(stats), tokens.probs, amounts_of(tokens, shared), has_aux=True)
+    ct, dprobs, damounts = pullback(jnp.ones_like(total))
+    # Class weights come into the loss in three ways: here, at probability targets, and by smoothing.
+    summed = inputs._replace(
+        kernel=sums.kernel,
+        bias=sums.bias,
+        target_weights=None if inputs.target_weights is None else jnp.zeros_like(sums.class_weights),
+        smoothing_weights=None if inputs.smoothing_weights is None else jnp.zeros_like(sums.class_weights),
+    )
+    grads = vocabulary.backward(projection, block_v, spec, inputs, stats, ct, kept=kept, sums=summed)
+    dshared = Shared(None, None, damounts.class_weights, damounts.label_smoothing, damounts.z_loss)
+    sums = jax.tree.map(
+        lambda x, d: x if d is None else x + d.astype(x.dtype), sums, dshared, is_leaf=lambda x: x is None
+    )
+    for by_class in (grads.target_weights, grads.smoothing_weights):
+        if by_class is not None:
+            sums = sums._replace(class_weights=sums.class_weights + by_class)
+    sums = sums._replace(kernel=grads.kernel, bias=grads.bias)
+    if inputs.probs is not None:
+        dprobs = grads.probs
+    return total, aux, Tokens(grads.hidden, None, dprobs, damounts.weights), sums
+
+
+def _kept_in(x: Array) -> jnp.dtype:
+    """What a gradient is kept in until the backward pass scales it: float16 would overflow, or lose what is small."""
+    return jnp.dtype(jnp.float32 if x.dtype == jnp.float16 else x.dtype)

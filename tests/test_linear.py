@@ -1,0 +1,623 @@
+"""The linear loss is the loss of hidden @ kernel + bias: its value, every gradient, and what it never holds."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+from unittest import mock
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import jaxce
+from jaxce import SparseTargets, linear_cross_entropy, softmax_cross_entropy
+from jaxce.linear import plan as plans
+from tests import oracle
+
+EPS = float(np.finfo(np.float32).eps)
+MODES = ["recompute", "store"]
+KINDS = ["index", "probs", "sparse"]
+# Primes, and blocks that divide none of them.
+N, D, V = 13, 5, 29
+BLOCK_N, BLOCK_V = 4, 6
+
+
+@contextlib.contextmanager
+def blocks(mode: str, block_n: int = BLOCK_N, block_v: int = BLOCK_V):
+    """Every loss is computed in this mode and in these blocks."""
+    plan = plans.LinearPlan(mode, block_n, block_v, 0, 0, 0, "cpu")
+    with mock.patch.object(plans, "make_plan", return_value=plan):
+        yield
+
+
+def arguments(
+    rng: np.random.Generator, kind: str = "index", batch=(N,), dtype=np.float32, v: int = V
+) -> dict[str, Any]:
+    """Hidden states, kernel [D, V], bias and targets, with the options that are arrays."""
+    n = int(np.prod(batch))
+    indices = rng.integers(0, v, (n, 3)).astype(np.int32)
+    shares = rng.dirichlet(np.ones(3), n).astype(np.float32)
+    targets = {
+        "index": indices[:, 0].reshape(batch),
+        "probs": rng.dirichlet(np.ones(v), batch).astype(dtype),
+        "sparse": SparseTargets(indices.reshape(*batch, 3), shares.reshape(*batch, 3)),
+    }[kind]
+    return {
+        "hidden": jnp.asarray(rng.normal(size=(*batch, D)), dtype),
+        "kernel": jnp.asarray(2 * rng.normal(size=(D, v)), dtype),
+        "bias": jnp.asarray(rng.normal(size=v), dtype),
+        "targets": targets,
+        "weights": rng.uniform(0.2, 2, batch).astype(np.float32),
+        "class_weights": rng.uniform(0.2, 2, v).astype(np.float32),
+        "label_smoothing": np.float32(0.2),
+        "z_loss": np.float32(0.03),
+    }
+
+
+def fused(arguments: dict[str, Any], vocab_axis: int = 1, **options: Any):
+    kernel = arguments["kernel"] if vocab_axis == 1 else arguments["kernel"].T
+    return linear_cross_entropy(**arguments | {"kernel": kernel}, vocab_axis=vocab_axis, **options)
+
+
+def dense(arguments: dict[str, Any], **options: Any):
+    rest = {name: x for name, x in arguments.items() if name not in ("hidden", "kernel", "bias")}
+    logits = jnp.matmul(arguments["hidden"], arguments["kernel"], preferred_element_type=jnp.float32)
+    if "bias" in arguments:
+        logits = logits + jnp.broadcast_to(arguments["bias"].astype(jnp.float32), logits.shape)
+    return softmax_cross_entropy(logits, rest.pop("targets"), **rest, **options)
+
+
+def floats(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The differentiable part."""
+    parts = {name: x for name, x in arguments.items() if name != "targets"}
+    targets = arguments["targets"]
+    if isinstance(targets, SparseTargets):
+        parts["targets.probs"] = targets.probs
+    elif np.issubdtype(targets.dtype, np.floating) or targets.dtype == jnp.bfloat16:
+        parts["targets"] = targets
+    return parts
+
+
+def joined(parts: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    parts = dict(parts)
+    if "targets.probs" in parts:
+        return arguments | {"targets": SparseTargets(arguments["targets"].indices, parts.pop("targets.probs"))} | parts
+    return arguments | parts
+
+
+def outputs_and_gradients(f, arguments, cotangents, **options):
+    """The outputs, and the gradients of Σ cotangent · output."""
+
+    def total(parts):
+        out = f(joined(parts, arguments), **options)
+        loss, aux = out if isinstance(out, tuple) else (out, None)
+        outs = [loss] + ([] if aux is None else [aux.nll, aux.log_normalizer, aux.entropy])
+        return sum(jnp.sum(c * o) for c, o in zip(cotangents, outs, strict=False)), (outs, aux)
+
+    (_, (outs, aux)), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(floats(arguments))
+    return outs, aux, grads
+
+
+def random_cotangents(rng, reduction, batch=(N,)):
+    shape = batch if reduction == "none" else ()
+    return [rng.normal(size=shape).astype(np.float32), *(rng.normal(size=batch).astype(np.float32) for _ in range(3))]
+
+
+# --- exactness ------------------------------------------------------------------------------------------------------
+
+
+def assert_near_the_oracle(args, cotangents, outs, grads):
+    """Against float64; returns the oracle's gradients and the relative error that the rounding of logits allows.
+
+    A logit is a sum of D products and a bias: off by at most (D + 2) ε Σ|h||k|. A −log p is then off by at most twice
+    that, absolutely, and so is log p_j: an entry of the gradient is off by that part of its size, once more for a sum
+    over classes in it.
+    """
+    h, k, b = (np.asarray(args[name]).astype(np.float64) for name in ("hidden", "kernel", "bias"))
+    targets = args["targets"]
+    if isinstance(targets, SparseTargets):
+        t = oracle.dense(targets.indices, targets.probs, k.shape[1])
+    else:
+        t = oracle.one_hot(targets, k.shape[1]) if targets.ndim == 1 else np.asarray(targets, np.float64)
+    options = {name: args[name] for name in ("weights", "class_weights", "label_smoothing", "z_loss")}
+    problem = oracle.Problem(h @ k + b[None], t, **options)
+    off = 2 * (D + 2) * EPS * np.max(np.abs(h) @ np.abs(k) + np.abs(b)[None])
+
+    losses = problem.losses()
+    lse = np.abs(losses.log_normalizer.value)
+    weight = args["weights"] * (2 * args["class_weights"].max() + 2 * args["z_loss"] * lse)
+    moves = [weight, np.ones(N), np.ones(N), 1 + problem.softmax.below.max(-1)]  # of each output, for a −log p's 1
+    for out, expected, move in zip(outs, losses, moves, strict=False):
+        bound = 16 * EPS * expected.size + 2 * off * move
+        if np.shape(out):
+            oracle.assert_within(out, expected.value, bound, "per token")
+        else:
+            oracle.assert_within(out, expected.value.sum(), bound.sum() + N * EPS * expected.size.sum(), "sum")
+
+    wanted = problem.gradients(oracle.Cotangents(*cotangents))
+    dz, size = wanted.logits
+    error = size * (16 * EPS + 3 * off)
+    # The products that make the gradients round as well: one ε for each number added, of the sum of magnitudes.
+    rounding = EPS * (V + N + 4) * size
+    oracle.assert_within(grads["hidden"], dz @ k.T, (error + rounding) @ np.abs(k.T), "hidden")
+    oracle.assert_within(grads["kernel"], h.T @ dz, np.abs(h.T) @ (error + rounding), "kernel")
+    oracle.assert_within(grads["bias"], dz.sum(0), (error + rounding).sum(0), "bias")
+    return wanted, 16 * EPS + 3 * off
+
+
+@hypothesis.settings(max_examples=16, deadline=None, derandomize=True)
+@hypothesis.given(
+    seed=st.integers(0, 2**20),
+    mode=st.sampled_from(MODES),
+    vocab_axis=st.sampled_from([0, 1]),
+    kind=st.sampled_from(KINDS),
+    sizes=st.sampled_from([(4, 6), (13, 29), (5, 29), (13, 7), (1, 1), (64, 128)]),
+    aux=st.booleans(),
+)
+def test_every_gradient_against_the_oracle(seed, mode, vocab_axis, kind, sizes, aux):
+    rng = np.random.default_rng(seed)
+    args = arguments(rng, kind)
+    reduction = "none" if mode == "recompute" else "sum"
+    cotangents = random_cotangents(rng, reduction)
+    if not aux:
+        cotangents = cotangents[:1]
+    with blocks(mode, *sizes):
+        outs, _, grads = outputs_and_gradients(
+            fused, args, cotangents, vocab_axis=vocab_axis, reduction=reduction, return_aux=aux
+        )
+    per_row = [np.broadcast_to(c, (N,)) for c in cotangents]
+    wanted, relative = assert_near_the_oracle(args, per_row, outs, grads)
+    # The others are sums of −log p: absolutely off by `relative` for each 1 of what these are multiplied with.
+    for name in ("weights", "class_weights", "label_smoothing", "z_loss"):
+        value, size = getattr(wanted, name)
+        oracle.assert_within(grads[name], value, relative * (size + np.abs(per_row[0]).sum() * 8), name)
+    if kind == "probs":
+        value, size = wanted.targets
+        oracle.assert_within(grads["targets"], value, relative * (size + 8), "targets")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_count"])
+@pytest.mark.parametrize("aux", [False, True])
+def test_equals_the_dense_loss(rng, mode, kind, reduction, aux):
+    """With every option at once, masks and ignored examples included, for batches of two axes."""
+    if mode == "store" and reduction == "none":
+        pytest.skip("store is for losses that are one number")
+    batch = (3, 7)
+    args = arguments(rng, kind, batch)
+    where = rng.random(V) < 0.8
+    where[np.asarray(args["targets"].indices if kind == "sparse" else args["targets"] if kind == "index" else [0])] = (
+        True
+    )
+    options: dict[str, Any] = {"logit_softcap": 4.0, "where": where, "reduction": reduction, "return_aux": aux}
+    if kind == "probs":
+        args["targets"] = args["targets"] * where
+    else:
+        options["ignore_index"] = int(np.ravel(classes)[0])
+    cotangents = random_cotangents(rng, reduction, batch)[: 4 if aux else 1]
+    with blocks(mode):
+        actual = outputs_and_gradients(fused, args, cotangents, vocab_axis=0, **options)
+    wanted = outputs_and_gradients(dense, args, cotangents, **options)
+    # Both are within the bounds of the test above, 2 (16 + 4 (D + 2) · Σ|h||k|) ε, which is below 2000 ε here.
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS * max(1, np.abs(b).max()))
+    if aux:
+        np.testing.assert_array_equal(actual[1].prediction, wanted[1].prediction)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mask", ["class", "token", "both"])
+def test_masks(rng, mode, mask):
+    args = arguments(rng)
+    full = rng.random((N, V)) < 0.8
+    full[np.arange(N), args["targets"]] = True
+    full[2] = False
+    where = {"class": np.ones((1, V), bool), "token": full.any(-1, keepdims=True), "both": full}[mask]
+    options = {"where": where, "reduction": "mean_count", "return_aux": True}
+    cotangents = random_cotangents(rng, "mean_count")[:1]
+    with blocks(mode):
+        actual = outputs_and_gradients(fused, args, cotangents, **options)
+    wanted = outputs_and_gradients(dense, args, cotangents, **options)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_floats_err_no_more_than_the_materialised_loss(rng, mode, dtype):
+    """Beside float64 on the same inputs, and beside logits in float32 whose gradient is cast for the matmuls."""
+    n, d, v = 64, 32, 1000
+    h, k = (jnp.asarray(rng.normal(size=s) / np.sqrt(d), dtype) for s in ((n, d), (d, v)))
+    y = jnp.asarray(rng.integers(0, v, n), jnp.int32)
+
+    def materialised(h, k):
+        @jax.custom_vjp
+        def matmul(h, k):
+            return jnp.matmul(h, k, preferred_element_type=jnp.float32)
+
+        def backward(residuals, dz):
+            h, k = residuals
+            dz = dz.astype(dtype)
+            dh = jnp.matmul(dz, k.T, preferred_element_type=jnp.float32)
+            dk = jnp.matmul(h.T, dz, preferred_element_type=jnp.float32)
+            return dh.astype(dtype), dk.astype(dtype)
+
+        matmul.defvjp(lambda h, k: (matmul(h, k), (h, k)), backward)
+        return softmax_cross_entropy(matmul(h, k), y, reduction="mean")
+
+    with blocks(mode, 24, 384):
+        loss, grads = jax.value_and_grad(lambda h, k: linear_cross_entropy(h, k, y, reduction="mean"), (0, 1))(h, k)
+    other_loss, other = jax.value_and_grad(materialised, (0, 1))(h, k)
+    assert loss.dtype == jnp.float32
+    h64, k64 = np.asarray(h).astype(np.float64), np.asarray(k).astype(np.float64)
+    problem = oracle.Problem(h64 @ k64, oracle.one_hot(y, v))
+    dz = problem.gradients(oracle.Cotangents(np.full(n, 1 / n))).logits.value
+    truth = {"loss": problem.losses().loss.value.mean(), "hidden": dz @ k64.T, "kernel": h64.T @ dz}
+    for name, ours, theirs in zip(truth, (loss, *grads), (other_loss, *other), strict=True):
+        if name != "loss":
+            assert ours.dtype == dtype
+        error, allowed = (
+            np.sqrt(np.mean((np.asarray(x).astype(np.float64) - truth[name]) ** 2)) for x in (ours, theirs)
+        )
+        # "store" rounds a gradient once more, when the mean's divisor is known: half an ulp more at most.
+        ulp = float(jnp.finfo(dtype).eps) / 4 * np.sqrt(np.mean(truth[name] ** 2)) if mode == "store" else 0
+        assert error <= 1.02 * allowed + ulp + 8 * EPS * np.abs(truth[name]).max(), name
+
+
+def test_float16_gradients_of_unlikely_classes_do_not_vanish(rng):
+    """Their part in a mean over many tokens is below the smallest float16."""
+    n, v = 4096, 50
+    h = jnp.ones((n, 1), jnp.float16)
+    k = jnp.asarray(np.r_[12.0, np.zeros(v - 1)][None], jnp.float16)
+    y = jnp.zeros(n, jnp.int32)
+    p = 1 / (np.exp(12.0) + v - 1)
+    for mode in MODES:
+        with blocks(mode, 512, 16):
+            grad = jax.grad(lambda k: linear_cross_entropy(h, k, y, reduction="sum"))(k)
+        np.testing.assert_allclose(np.asarray(grad, np.float64)[0, 1:], n * p, rtol=2.0**-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_float64(x64, rng, mode):
+    args = {
+        name: jnp.asarray(np.asarray(x, np.float64)) if name != "targets" else x for name, x in arguments(rng).items()
+    }
+    with blocks(mode):
+        outs, _, grads = outputs_and_gradients(fused, args, [np.float64(1)], reduction="mean")
+    assert outs[0].dtype == jnp.float64
+    assert {name: g.dtype for name, g in grads.items()} == dict.fromkeys(grads, jnp.float64)
+    h, k, b = args["hidden"], args["kernel"], args["bias"]
+    rest = {name: args[name] for name in ("weights", "class_weights", "label_smoothing", "z_loss")}
+    wanted = softmax_cross_entropy(h @ k + b[None], args["targets"], reduction="mean", **rest)
+    np.testing.assert_allclose(outs[0], wanted, rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
+@pytest.mark.parametrize("mode", MODES)
+def test_mixed_dtypes(rng, mode, dtypes):
+    """As `hidden @ kernel` would promote them; each gradient in the dtype of its argument."""
+    args = arguments(rng)
+    args |= {"hidden": args["hidden"].astype(dtypes[0]), "kernel": args["kernel"].astype(dtypes[1])}
+    with blocks(mode):
+        outs, _, grads = outputs_and_gradients(fused, args, [np.float32(1)], reduction="mean")
+    assert (grads["hidden"].dtype, grads["kernel"].dtype) == tuple(map(jnp.dtype, dtypes))
+    wide = args | {name: args[name].astype(jnp.float32) for name in ("hidden", "kernel")}
+    wanted, _, wanted_grads = outputs_and_gradients(dense, wide, [np.float32(1)], reduction="mean")
+    np.testing.assert_allclose(outs[0], wanted[0], rtol=2000 * EPS)
+    for name in ("hidden", "kernel"):
+        ulp = float(jnp.finfo(grads[name].dtype).eps)
+        scale = np.abs(wanted_grads[name]).max()
+        np.testing.assert_allclose(
+            grads[name].astype(jnp.float32), wanted_grads[name], atol=(2 * ulp + 2000 * EPS) * scale
+        )
+
+
+# --- blocks that divide nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [-20.0, 0.0, 1e4])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("v", [1, 7, 2500])
+def test_what_is_left_of_the_vocabulary_adds_nothing(rng, mode, v, level):
+    """A padded block must not count: with zeros for padding, logits near −20 give 27.5 for 8.60."""
+    n = 5
+    logits = level + 0.1 * rng.normal(size=(n, v)).astype(np.float32)
+    labels = rng.integers(0, v, n).astype(np.int32)
+    with blocks(mode, 2, 1024):
+        loss, grad = jax.value_and_grad(
+            lambda k: linear_cross_entropy(jnp.eye(n, dtype=jnp.float32), k, labels, reduction="mean")
+        )(jnp.asarray(logits))
+    problem = oracle.Problem(logits, oracle.one_hot(labels, v))
+    np.testing.assert_allclose(loss, problem.losses().loss.value.mean(), rtol=16 * EPS, atol=0)
+    expected = problem.gradients(oracle.Cotangents(np.full(n, 1 / n))).logits
+    oracle.assert_within(grad, expected.value, 32 * EPS * expected.size, "gradient")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_small_losses_keep_their_digits(mode):
+    kernel = jnp.array([[0.0, -20.0, -25.0]])
+    with blocks(mode, 1, 2):
+        loss = linear_cross_entropy(jnp.ones((1, 1)), kernel, jnp.array([0]), reduction="sum")
+        grad = jax.grad(lambda k: linear_cross_entropy(jnp.ones((1, 1)), k, jnp.array([0]), reduction="sum"))(kernel)
+    p = np.exp([-20.0, -25.0])
+    np.testing.assert_allclose(loss, np.log1p(p.sum()), rtol=16 * EPS)
+    np.testing.assert_allclose(grad[0], np.array([-p.sum(), *p]) / (1 + p.sum()), rtol=64 * EPS)
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("batch", [(0,), (3, 0), (1,), ()])
+def test_few_tokens(rng, mode, batch):
+    args = arguments(rng, batch=batch)
+    outs, _, grads = outputs_and_gradients(fused, args, [np.float32(1)], reduction="mean", mode=mode)
+    wanted, _, wanted_grads = outputs_and_gradients(dense, args, [np.float32(1)], reduction="mean")
+    for a, b in zip(jax.tree.leaves((outs, grads)), jax.tree.leaves((wanted, wanted_grads)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS)
+
+
+# --- what must not spread -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("out", ["ignored", "weight 0", "where"])
+def test_a_token_left_out_leaves_no_trace(rng, mode, bad, out):
+    """0·NaN in a matmul would put it into every entry of dkernel."""
+    args = {name: x for name, x in arguments(rng).items() if name in ("hidden", "kernel", "bias", "targets")}
+    clean = dict(args)
+    args["hidden"] = args["hidden"].at[3].set(bad)
+    options: dict[str, Any] = {"reduction": "mean"}
+    if out == "ignored":
+        targets = args["targets"].copy()
+        targets[3] = -100
+        args["targets"] = clean["targets"] = targets
+        options["ignore_index"] = -100
+    elif out == "weight 0":
+        options["weights"] = (np.arange(N) != 3).astype(np.float32)
+    else:
+        options["where"] = (np.arange(N) != 3)[:, None]
+    with blocks(mode):
+        actual = outputs_and_gradients(fused, args, [np.float32(1)], **options)
+        wanted = outputs_and_gradients(fused, clean, [np.float32(1)], **options)
+    chex.assert_trees_all_equal(actual, wanted)
+    np.testing.assert_array_equal(actual[2]["hidden"][3], 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bad_token_that_counts_is_nan(rng, mode):
+    args = arguments(rng)
+    args["hidden"] = args["hidden"].at[3, 0].set(np.nan)
+    with blocks(mode):
+        outs, _, grads = outputs_and_gradients(fused, args, [np.float32(1)], reduction="mean")
+    assert np.isnan(outs[0])
+    assert np.isnan(grads["hidden"][3]).all()
+    assert np.isnan(grads["kernel"]).all()
+
+
+@pytest.mark.parametrize("label", [-1, V, V + 1, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_label_that_is_no_class(rng, mode, label):
+    args = arguments(rng)
+    args["targets"][3] = label
+    with blocks(mode):
+        outs, _, grads = outputs_and_gradients(fused, args, [np.float32(1)], reduction="mean")
+        loss = checkify.checkify(lambda a: fused(a, reduction="mean"), errors=checkify.user_checks)
+        error, _ = loss(args)
+    assert np.isnan(outs[0])
+    assert np.isnan(grads["hidden"][3]).all()
+    assert f"label {label} is not one of the {V} classes" in error.get()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_classes_at_minus_infinity(rng, mode):
+    """A bias of −inf takes a class out of the softmax."""
+    args = arguments(rng)
+    out = np.setdiff1d(np.arange(V), args["targets"])[:4]
+    del args["label_smoothing"]  # which would put a positive target there
+    args["bias"] = args["bias"].at[out].set(-np.inf)
+    with blocks(mode):
+        outs, _, grads = outputs_and_gradients(fused, args, [np.float32(1)], reduction="mean")
+    wanted, _, _ = outputs_and_gradients(dense, args, [np.float32(1)], reduction="mean")
+    np.testing.assert_allclose(outs[0], wanted[0], rtol=2000 * EPS)
+    np.testing.assert_array_equal(np.asarray(grads["kernel"])[:, out], 0)
+    np.testing.assert_array_equal(np.asarray(grads["bias"])[out], 0)
+    assert np.isfinite(grads["hidden"]).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_everything_ignored_is_zero(rng, mode):
+    args = arguments(rng)
+    args["targets"] = np.full(N, 7, np.int32)
+    with blocks(mode):
+        outs, _, grads = outputs_and_gradients(fused, args, [np.float32(1)], reduction="mean", ignore_index=7)
+    assert float(outs[0]) == 0
+    jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), grads)
+
+
+# --- transforms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "over", [("hidden", "targets"), ("kernel",), ("hidden", "kernel", "targets"), ("label_smoothing",)]
+)
+def test_vmap(rng, mode, over):
+    many = [arguments(rng) for _ in range(3)]
+    axes = {name: 0 if name in over else None for name in many[0]}
+    stacked = {name: np.stack([m[name] for m in many]) if name in over else many[0][name] for name in many[0]}
+    with blocks(mode):
+
+        def f(a):
+            return jax.value_and_grad(lambda parts: fused(joined(parts, a), reduction="mean"))(floats(a))
+
+        actual = jax.jit(jax.vmap(f, in_axes=(axes,)))(stacked)
+        single = jax.jit(f)
+        for i, m in enumerate(many):
+            wanted = single({name: (m if name in over else many[0])[name] for name in m})
+            for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(a[i], b, rtol=2000 * EPS, atol=2000 * EPS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inside_scan_and_checkpoint(rng, mode):
+    args = arguments(rng)
+
+    def total(kernel):
+        @jax.checkpoint
+        def body(sum, h):
+            loss, aux = fused(args | {"hidden": h, "kernel": kernel}, reduction="mean", return_aux=True)
+            return sum + loss, aux.prediction
+
+        return jax.lax.scan(body, jnp.float32(0), jnp.stack([args["hidden"], -args["hidden"]]))[0]
+
+    def one_by_one(kernel):
+        return sum(
+            dense(args | {"hidden": h, "kernel": kernel}, reduction="mean") for h in (args["hidden"], -args["hidden"])
+        )
+
+    with blocks(mode):
+        actual = jax.jit(jax.value_and_grad(total))(args["kernel"])
+    wanted = jax.jit(jax.value_and_grad(one_by_one))(args["kernel"])
+    for a, b in zip(actual, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivatives(rng, mode):
+    """A Hessian-vector product both ways, over hidden, kernel and bias."""
+    args = arguments(rng)
+    names = ("hidden", "kernel", "bias")
+    point = {name: args[name] for name in names}
+    direction = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in point.items()}
+
+    def products(f):
+        def loss(x):
+            return f(args | x, reduction="mean")
+
+        def along(x):
+            return sum(
+                jnp.vdot(a, b)
+                for a, b in zip(jax.tree.leaves(jax.grad(loss)(x)), jax.tree.leaves(direction), strict=True)
+            )
+
+        return jax.jit(lambda x: (jax.grad(along)(x), jax.jvp(jax.grad(loss), (x,), (direction,))[1]))(point)
+
+    with blocks(mode):
+        actual = products(fused)
+    wanted = products(dense)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+def test_forward_mode(rng):
+    args = arguments(rng)
+    point = args["hidden"]
+
+    def loss(f, **options):
+        return lambda h: f(args | {"hidden": h}, reduction="mean", **options)
+
+    tangent = rng.normal(size=point.shape).astype(np.float32)
+    value, slope = jax.jvp(loss(fused, implementation="autodiff"), (point,), (tangent,))
+    wanted, gradient = jax.value_and_grad(loss(dense))(point)
+    np.testing.assert_allclose(value, wanted, rtol=2000 * EPS)
+    np.testing.assert_allclose(slope, np.vdot(gradient, tangent), rtol=2000 * EPS)
+
+
+def test_it_is_traced_once():
+    jax.clear_caches()
+    with mock.patch.object(
+        jaxce.linear.rule, "recomputed_loss", chex.assert_max_traces(jaxce.linear.rule.recomputed_loss, 1)
+    ):
+        for seed in range(3):
+            a = arguments(np.random.default_rng(seed))
+            linear_cross_entropy(a["hidden"], a["kernel"], a["targets"], label_smoothing=0.1 * seed + 0.1)
+
+
+# --- structure ------------------------------------------------------------------------------------------------------
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for param in eqn.params.values():
+            for inner in jax.tree.leaves(param, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                if hasattr(inner, "jaxpr"):
+                    yield from equations(inner.jaxpr)
+                elif hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def traced(f, args, **options):
+    def value_and_grads(parts):
+        return jax.value_and_grad(
+            lambda parts: f(joined(parts, args), **options), has_aux=options.get("return_aux", False)
+        )(parts)
+
+    return jax.make_jaxpr(value_and_grads)(floats(args)).jaxpr
+
+
+@pytest.mark.parametrize("kind", ["index", "sparse"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_no_array_of_all_logits(rng, mode, kind, vocab_axis):
+    """Every value in the program, inner functions included, is smaller than [N, V]."""
+    n, v = 61, 127
+    args = arguments(rng, kind, (n,), v=v)
+    where = np.ones(v, bool)
+    options = {"logit_softcap": 3.0, "return_aux": True, "where": where, "reduction": "mean"}
+    with blocks(mode, 8, 16):
+        found = list(equations(traced(fused, args, vocab_axis=vocab_axis, **options)))
+    largest = max(var.aval.size for eqn in found for var in eqn.outvars if hasattr(var.aval, "size"))
+    assert largest <= max(n * 16, 8 * v, D * v, n * 3 * 3)
+    assert largest < n * v / 5
+    everything = list(equations(traced(dense, args, **options)))  # the search finds what there is to find
+    assert max(var.aval.size for eqn in everything for var in eqn.outvars if hasattr(var.aval, "size")) >= n * v
+
+
+@pytest.mark.parametrize(("mode", "matmuls"), [("recompute", 4), ("store", 3)])
+def test_number_of_matmuls(rng, mode, matmuls):
+    args = arguments(rng)
+    with blocks(mode, N, V):
+        found = [eqn.primitive.name for eqn in equations(traced(fused, args, reduction="mean", return_aux=True))]
+    assert found.count("dot_general") == matmuls
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(rng):
+    args = arguments(rng)
+    with blocks("store", N, V):
+        jaxpr = jax.make_jaxpr(lambda: fused(args, reduction="mean"))().jaxpr
+    assert [eqn.primitive.name for eqn in equations(jaxpr)].count("dot_general") == 1
+
+
+def test_blocks_without_used_tokens_are_left_out(rng):
+    """Whatever the order of the tokens: the used ones come first."""
+    args = arguments(rng)
+    targets = args["targets"].copy()
+    targets[rng.permutation(N)[: N - 3]] = -1
+    args["targets"] = targets
+    options = {"reduction": "mean", "ignore_index": -1}
+    cotangent = [np.float32(1)]
+    with blocks("store", 4, V):
+        actual = outputs_and_gradients(fused, args, cotangent, **options)
+        jaxpr = traced(fused, args, **options)
+    wanted = outputs_and_gradients(dense, args, cotangent, **options)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS)
+    inside = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "cond" and "dot_general" in str(eqn)]
+    assert len(inside) == 2  # whole blocks, and the one that is left
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_precision_reaches_every_matmul(rng, mode):
+    args = arguments(rng)
+    with blocks(mode):
+        jaxpr = traced(fused, args, reduction="mean", precision="highest")
+    found = [eqn.params["precision"] for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
+    assert found
+    assert all(p == (jax.lax.Precision.HIGHEST,) * 2 for p in found)
