@@ -23,11 +23,15 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def dense_table(results: dict[str, Any]) -> str:
-    """optax time / jaxce time on CPU, and what the TPU compiler says."""
+def machine_of(results: dict[str, Any]) -> str:
     environment = results["environment"]
     versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v and name != "jaxce")
-    machine = f"{environment['cpu']}, {environment['cores']} cores, Python {environment['python']}, {versions}"
+    return f"{environment['cpu']}, {environment['cores']} cores, Python {environment['python']}, {versions}"
+
+
+def dense_table(results: dict[str, Any]) -> str:
+    """optax time / jaxce time on CPU, and what the TPU compiler says."""
+    machine = machine_of(results)
     means: dict[str, dict[bool, dict[str, Any]]] = {}
     for row in results["summary"]:
         means.setdefault(row["cells"], {})[row["gradient"]] = row
@@ -57,6 +61,89 @@ def dense_table(results: dict[str, Any]) -> str:
     )
 
 
+LINEAR = ("jaxce", "jaxce store", "jaxce recompute", "optax", "tokamax chunked_xla", "tokamax xla", "torch")
+
+
+def linear_table(results: dict[str, Any]) -> str:
+    """Time beside optax and memory on CPU, and what the TPU compiler says."""
+    rows = results["rows"]
+    modes = {row["figures"]["jaxce"]["mode"] for row in rows}
+    shown = [
+        name
+        for name in LINEAR
+        if any("median_ms" in row["figures"][name] for row in rows) and name.removeprefix("jaxce ") not in modes
+    ]
+    cpu = [
+        [f"{row['n']} x {row['d']} x {row['v']}", *(_time_and_memory(row["figures"][name]) for name in shown)]
+        for row in rows
+    ]
+    found = {row["what"]: row["value"] for row in results["summary"]}
+    half, swapped = (
+        found["time with half of the tokens ignored / all"],
+        found["time with the kernel [V, D] / [D, V]"],
+    )
+    heads = [f"{name} ({'/'.join(sorted(modes))})" if name == "jaxce" else name for name in shown]
+    lines = [
+        f"Loss and both gradients on CPU ({machine_of(results)}), float32, integer labels: time relative to optax, and",
+        "temporary memory (torch does not tell):",
+        "",
+        markdown(["N x D x V", *heads], cpu),
+        "",
+        f"With half of the tokens ignored the first problem takes {half:.2f} of the time; with a kernel `[V, D]`, "
+        f"{swapped:.2f}.",
+        *_wrong_losses(rows),
+    ]
+    if results["tpu"]:
+        lines += [
+            "",
+            "Compiled for TPU in bfloat16, D = 2048: temporary HBM, and estimated cycles relative to optax's program,",
+            "by the compiler's own cost model, loops counted as often as they run:",
+            "",
+            _linear_tpu_table(results["tpu"]),
+        ]
+    if isinstance(results["h100"], list):
+        figures = ", ".join(f"{row['library']} {row['temp_bytes'] / 1e6:,.1f} MB" for row in results["h100"])
+        lines += ["", f"Compiled for an H100, the same shape, temporary memory: {figures}."]
+    return "\n".join(lines)
+
+
+def _time_and_memory(figures: dict[str, Any]) -> str:
+    if "missing" in figures:
+        return "–"
+    memory = f", {figures['temp_bytes'] / 1e6:,.0f} MB" if "temp_bytes" in figures else ""
+    return f"{figures['to_optax']:.2f}{memory}"
+
+
+def _wrong_losses(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each library whose loss is not that of the others."""
+    worst = {}
+    for name in LINEAR:
+        pairs = [(row["figures"][name], row["figures"]["optax"]) for row in rows if "loss" in row["figures"][name]]
+        worst[name] = max((abs(f["loss"] / optax["loss"] - 1) for f, optax in pairs), default=0.0)
+    return [
+        f"The loss of {name} is off by up to {off:.2%} in these problems." for name, off in worst.items() if off > 1e-4
+    ]
+
+
+def _linear_tpu_table(rows: list[dict[str, Any]]) -> str:
+    names = [name for name in LINEAR if any("cycles" in row["figures"].get(name, {}) for row in rows)]
+    table = []
+    for row in rows:
+        cells = [row["chip"], "[D, V]" if row["vocab_axis"] else "[V, D]", f"{row['n']} x {row['v']}"]
+        optax = row["figures"].get("optax")
+        for name in names:
+            figures = row["figures"].get(name, {"missing": ""})
+            if "missing" in figures:
+                cells.append("–")
+                continue
+            ratio = (
+                f", {figures['cycles'] / optax['cycles']:.2f}" if optax else f", {figures['cycles'] / 1e6:.0f} M cycles"
+            )
+            cells.append(f"{figures['temp_bytes'] / 1e6:,.1f} MB{ratio}")
+        table.append(cells)
+    return markdown(["chip", "kernel", "N x V", *names], table)
+
+
 def cifar10_table(history: dict[str, Any]) -> str:
     """The epochs of a run of the CIFAR-10 example."""
     rows = [
@@ -77,6 +164,7 @@ def cifar10_table(history: dict[str, Any]) -> str:
 
 TABLES = {
     "dense": (dense_table, "dense-cpu.json"),
+    "linear": (linear_table, "linear-cpu.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
 # Without these libtpu looks for the machine's metadata, which only a cloud machine has, and lets only one process in.
 for _name, _value in {
@@ -34,9 +34,8 @@ def compile_for(chip: str, f: Callable, *shapes: Any) -> dict[str, Any]:
 
     `cycles` counts the body of a loop as often as it runs; `bytes` counts it once.
     """
-    device = _device(chip)
-    one = SingleDeviceSharding(device)
-    with traced_for(chip):
+    one = SingleDeviceSharding(_device(chip))
+    with traced_for(chip), _uncached():
         program = jax.jit(f, in_shardings=one, out_shardings=one).lower(*shapes).compile()
     text = program.as_text()
     return {
@@ -47,16 +46,31 @@ def compile_for(chip: str, f: Callable, *shapes: Any) -> dict[str, Any]:
     }
 
 
+def traced_for(chip: str) -> contextlib.AbstractContextManager:
+    """While it lasts, code that asks for platform and chip as it is traced is told this chip."""
+    return told(_device(chip))
+
+
+def told(device: Any) -> contextlib.AbstractContextManager:
+    """The same for a device of any platform, one that a topology describes."""
+    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform=device.platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("i",), (AxisType.Auto,), abstract_device=abstract))
+
+
 def _device(chip: str) -> Any:
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
 
 
 @contextlib.contextmanager
-def traced_for(chip: str) -> Iterator[None]:
-    """While it lasts, code that asks for platform and chip as it is traced is told this chip."""
-    device = AbstractDevice(device_kind=_device(chip).device_kind, num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("i",), abstract_device=device)):
+def _uncached() -> Iterator[None]:
+    """A program for a chip that is not here cannot be read back from the compilation cache: it must not go there."""
+    config: Any = jax.config
+    seconds = config.jax_persistent_cache_min_compile_time_secs
+    config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    try:
         yield
+    finally:
+        config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def estimated_cycles(text: str) -> int:

@@ -22,15 +22,11 @@ def programs():
                 }
         return found[chip, case]
 
-    # A program for a chip that is not here cannot be read back from the compilation cache, so it must not go there.
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
-    yield get
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    return get
 
 
 @pytest.mark.parametrize("case", dense.CASES)
-@pytest.mark.parametrize("chip", tpu.TOPOLOGIES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_no_more_traffic_than_optax(programs, chip, case):
     ours, theirs = programs(chip, case)["jaxce"], programs(chip, case)["optax"]
     assert ours["bytes"] <= 1.02 * theirs["bytes"]
@@ -41,13 +37,13 @@ def test_no_more_traffic_than_optax(programs, chip, case):
 
 
 @pytest.mark.parametrize("case", ["integer", "smoothed", "class weights", "mixup"])
-@pytest.mark.parametrize("chip", tpu.TOPOLOGIES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_temporary_memory_holds_no_logits(programs, chip, case):
     assert programs(chip, case)["jaxce"]["temp_bytes"] < 1e6
 
 
 @pytest.mark.parametrize("case", dense.CASES)
-@pytest.mark.parametrize("chip", tpu.TOPOLOGIES)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_the_logits_are_neither_gathered_nor_scattered(programs, chip, case):
     """Only class weights are looked up, one per example."""
     ops = programs(chip, case)["jaxce"]["gathers_and_scatters"]

@@ -380,7 +380,69 @@ PROBS_CASES = {
     ),
 }
 
+HIDDEN, KERNEL = np.ones((2, 4), np.float32), np.ones((4, 3), np.float32)
+
+
+def linear(hidden: Any = HIDDEN, kernel: Any = KERNEL, targets: Any = LABELS, **options: Any) -> Any:
+    return jaxce.linear_cross_entropy(hidden, kernel, targets, **options)
+
+
+LINEAR_CASES = {
+    "hidden ints": Wrong(lambda: linear(HIDDEN.astype(np.int32)), TypeError, "hidden", "floats", "int32", "astype"),
+    "hidden scalar": Wrong(lambda: linear(np.float32(1)), ValueError, "hidden", "at least one axis", r"shape \(\)"),
+    "kernel list": Wrong(
+        lambda: linear(HIDDEN, [[1.0]]), TypeError, "kernel", "array of floats", "list", "jnp.asarray"
+    ),
+    "kernel of one axis": Wrong(lambda: linear(HIDDEN, KERNEL[0]), ValueError, "kernel", r"\[4, V\]", r"shape \(3,\)"),
+    "kernel the other way": Wrong(
+        lambda: linear(HIDDEN, KERNEL.T), ValueError, "kernel", "4 features", r"\(3, 4\)", "pass vocab_axis=0"
+    ),
+    "kernel of another size": Wrong(
+        lambda: linear(HIDDEN, np.ones((5, 3), np.float32)), ValueError, "kernel", r"\[4, V\]", r"\(5, 3\)"
+    ),
+    "kernel and vocab_axis": Wrong(
+        lambda: linear(vocab_axis=0), ValueError, "kernel", r"\[V, 4\].*vocab_axis=0", r"\(4, 3\)", "vocab_axis=1"
+    ),
+    "no classes": Wrong(lambda: linear(HIDDEN, KERNEL[:, :0]), ValueError, "kernel", "at least one class", "length 0"),
+    "vocab_axis": Wrong(lambda: linear(vocab_axis=2), ValueError, "vocab_axis", "one of 0, 1, -2, -1", "2"),
+    "bias": Wrong(lambda: linear(bias=np.ones(4, np.float32)), ValueError, "bias", r"shape \(3,\)", r"\(4,\)"),
+    "bias ints": Wrong(lambda: linear(bias=np.ones(3, np.int32)), TypeError, "bias", "floats", "int32", "astype"),
+    "targets": Wrong(
+        lambda: linear(targets=LABELS[:, None]), ValueError, "targets", r"shape \(2,\)", r"\(2, 1\)", "reshape"
+    ),
+    "class weights": Wrong(
+        lambda: linear(class_weights=np.ones(4)), ValueError, "class_weights", r"shape \(3,\)", r"\(4,\)", "weights"
+    ),
+    "where": Wrong(lambda: linear(where=np.ones(4, bool)), ValueError, "where", r"\(2, 3\)", r"\(4,\)"),
+    "mode": Wrong(lambda: linear(mode="fast"), ValueError, "mode", "None, 'recompute', 'store'", "'fast'"),
+    "store without reduction": Wrong(
+        lambda: linear(mode="store"),
+        ValueError,
+        "mode",
+        "'recompute' for reduction='none'",
+        "'store'",
+        "reduction='sum'",
+    ),
+    "memory_budget": Wrong(
+        lambda: linear(memory_budget=1e9), TypeError, "memory_budget", "None or a number of bytes", "1000000000.0"
+    ),
+    "memory_budget bool": Wrong(lambda: linear(memory_budget=True), TypeError, "memory_budget", "bytes", "True"),
+    "memory_budget small": Wrong(
+        lambda: linear(memory_budget=0), ValueError, "memory_budget", r"at least [\d,]+ bytes", "0", "Fewer tokens"
+    ),
+    "autodiff with a mode": Wrong(
+        lambda: linear(implementation="autodiff", mode="recompute"),
+        ValueError,
+        "implementation",
+        "'xla'",
+        "'autodiff'",
+        "leave mode",
+    ),
+    "reduction": Wrong(lambda: linear(reduction="avg"), ValueError, "reduction", "'mean_count'", "'avg'"),
+}
+
 GROUPS = {
+    "linear": LINEAR_CASES,
     "logits": LOGITS_CASES,
     "targets": TARGETS_CASES,
     "sparse": SPARSE_CASES,
@@ -412,6 +474,8 @@ def test_message(case):
 def test_axis_name_is_not_supported_yet():
     with pytest.raises(NotImplementedError, match=r"^axis_name: .*not supported yet"):
         loss(axis_name="classes")
+    with pytest.raises(NotImplementedError, match=r"^axis_name: .*not supported yet"):
+        linear(axis_name="classes")
 
 
 def test_errors_come_while_tracing():

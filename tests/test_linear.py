@@ -192,10 +192,9 @@ def test_equals_the_dense_loss(rng, mode, kind, reduction, aux):
         pytest.skip("store is for losses that are one number")
     batch = (3, 7)
     args = arguments(rng, kind, batch)
+    classes = {"index": lambda t: t, "sparse": lambda t: t.indices, "probs": lambda t: [0]}[kind](args["targets"])
     where = rng.random(V) < 0.8
-    where[np.asarray(args["targets"].indices if kind == "sparse" else args["targets"] if kind == "index" else [0])] = (
-        True
-    )
+    where[np.ravel(classes)] = True
     options: dict[str, Any] = {"logit_softcap": 4.0, "where": where, "reduction": reduction, "return_aux": aux}
     if kind == "probs":
         args["targets"] = args["targets"] * where
@@ -305,7 +304,7 @@ def test_mixed_dtypes(rng, mode, dtypes):
     """As `hidden @ kernel` would promote them; each gradient in the dtype of its argument."""
     args = arguments(rng)
     args |= {"hidden": args["hidden"].astype(dtypes[0]), "kernel": args["kernel"].astype(dtypes[1])}
-    with blocks(mode):
+    with blocks(mode), jax.numpy_dtype_promotion("standard"):
         outs, _, grads = outputs_and_gradients(fused, args, [np.float32(1)], reduction="mean")
     assert (grads["hidden"].dtype, grads["kernel"].dtype) == tuple(map(jnp.dtype, dtypes))
     wide = args | {name: args[name].astype(jnp.float32) for name in ("hidden", "kernel")}

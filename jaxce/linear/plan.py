@@ -31,6 +31,7 @@ MODES = ("recompute", "store")
 _LANES = 128  # blocks of classes are multiples of this
 _BLOCK = 2**23  # logits in a block, "recompute"
 _CPU_BLOCK = 2**21
+_KERNEL_BLOCK = 2**22  # numbers in a block of the kernel
 _KEPT = 2**26  # logits of a block of tokens, "store"; more of them are summed up faster, but take more memory
 _MOST_TOKENS = 1024
 _KEPT_BLOCK = 2**20  # the part of them that is worked on at once
@@ -62,13 +63,8 @@ class Problem:
     def arrays(self) -> int:
         """How many arrays as large as a block of logits are alive at once: logits, gradient, and what options need."""
         dense, o = self.entries is None, self.options
-        return (
-            2
-            + (o.logit_softcap is not None)
-            + o.label_smoothing
-            + 2 * o.return_aux
-            + dense * (2 + o.return_aux + self.class_weights)
-        )
+        more = o.logit_softcap is not None or o.label_smoothing or o.return_aux or self.class_weights
+        return 2 + dense + more * (1 + dense)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +129,7 @@ def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
     """Plans of one mode from the preferred block size down."""
     N, V = problem.N, problem.V
     if mode == "recompute":
-        target = (_CPU_BLOCK if platform == "cpu" else _BLOCK) // max(N, 1)
+        target = min((_CPU_BLOCK if platform == "cpu" else _BLOCK) // max(N, 1), _KERNEL_BLOCK // max(problem.D, 1))
         blocks = [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES), _LANES)]
     else:
         sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1), 8)

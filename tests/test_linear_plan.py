@@ -1,0 +1,176 @@
+"""The plan of the linear loss: what it promises is what compiled programs need, and what cannot be is said."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import jaxce
+from jaxce import SparseTargets, linear_cross_entropy, plan_linear_cross_entropy
+from jaxce.linear import plan as plans
+
+ON = {
+    kind: AbstractMesh((1,), ("i",), abstract_device=AbstractDevice(device_kind=kind, num_cores=1, platform=platform))
+    for kind, platform in (("TPU v5 lite", "tpu"), ("TPU7x", "tpu"), ("NVIDIA H100", "gpu"))
+}
+
+
+def shapes(n: int, d: int, v: int, dtype=jnp.float32, kind: str = "index", vocab_axis: int = 1):
+    targets = {
+        "index": jax.ShapeDtypeStruct((n,), jnp.int32),
+        "probs": jax.ShapeDtypeStruct((n, v), dtype),
+        "sparse": SparseTargets(jax.ShapeDtypeStruct((n, 20), jnp.int32), jax.ShapeDtypeStruct((n, 20), jnp.float32)),
+    }[kind]
+    kernel = (d, v) if vocab_axis else (v, d)
+    return jax.ShapeDtypeStruct((n, d), dtype), jax.ShapeDtypeStruct(kernel, dtype), targets
+
+
+def compiled_temp_bytes(arrays, **options) -> int:
+    def loss(hidden, kernel, targets):
+        return linear_cross_entropy(hidden, kernel, targets, **options)
+
+    aux = options.get("return_aux", False)
+    return (
+        jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=aux)).lower(*arrays).compile().memory_analysis()
+    ).temp_size_in_bytes
+
+
+CASES = {
+    "plain": {},
+    "aux": {"return_aux": True},
+    "softcap, smoothing, z-loss": {"logit_softcap": 5.0, "label_smoothing": 0.1, "z_loss": 1e-4},
+    "class weights": {"class_weights": np.ones(8000, np.float32), "label_smoothing": 0.1, "return_aux": True},
+    "weights": {"weights": np.ones(1000, np.float32)},
+    "mask of classes": {"where": np.ones(8000, bool)},
+    "mask of all": {"where": np.ones((1000, 8000), bool)},
+}
+
+
+@pytest.mark.parametrize("mode", ["recompute", "store"])
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("kind", ["index", "probs", "sparse"])
+def test_predicted_memory_is_an_upper_bound(mode, options, kind):
+    arrays = shapes(1000, 64, 8000, kind=kind)
+    chosen = {"reduction": "mean", "mode": mode, **CASES[options]}
+    plan = plan_linear_cross_entropy(*arrays, **chosen)
+    needed = compiled_temp_bytes(arrays, **chosen)
+    assert needed <= plan.temp_bytes <= 2.5 * needed
+    assert plan.logits_bytes == 4 * 1000 * 8000
+
+
+@pytest.mark.parametrize("mode", ["recompute", "store"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kind", ["index", "probs"])
+def test_predicted_memory_for_narrow_floats(mode, dtype, kind):
+    arrays = shapes(1000, 64, 8000, dtype, kind)
+    plan = plan_linear_cross_entropy(*arrays, reduction="mean", mode=mode)
+    needed = compiled_temp_bytes(arrays, reduction="mean", mode=mode)
+    assert needed <= plan.temp_bytes <= 4 * needed  # which casts are written out depends on the version of XLA
+
+
+@pytest.mark.parametrize("budget", [100_000_000, 20_000_000, 5_000_000, 2_500_000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_budget_is_kept(budget, reduction):
+    arrays = shapes(1000, 64, 30011)
+    options = {"reduction": reduction, "memory_budget": budget}
+    plan = plan_linear_cross_entropy(*arrays, **options)
+    assert plan.temp_bytes <= budget
+
+    def total(*arrays):
+        return jnp.sum(linear_cross_entropy(*arrays, **options))
+
+    program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arrays).compile()
+    assert program.memory_analysis().temp_size_in_bytes <= budget
+
+
+def test_a_budget_that_is_too_small():
+    arrays = shapes(1000, 64, 30011)
+    with pytest.raises(ValueError, match=r"memory_budget: expected at least [\d,]+ bytes .*; got 1,000\.") as error:
+        plan_linear_cross_entropy(*arrays, memory_budget=1000)
+    smallest = int(re.search(r"at least ([\d,]+)", str(error.value))[1].replace(",", ""))
+    assert plan_linear_cross_entropy(*arrays, memory_budget=smallest).temp_bytes == smallest
+    with pytest.raises(ValueError, match="memory_budget"):
+        linear_cross_entropy(
+            np.ones((1000, 64), np.float32), np.ones((64, 50), np.float32), np.zeros(1000, int), memory_budget=1
+        )
+
+
+def test_a_budget_that_only_one_mode_can_keep():
+    arrays = shapes(1000, 8, 100_003)
+    free = plan_linear_cross_entropy(*arrays, reduction="mean")
+    tight = plan_linear_cross_entropy(*arrays, reduction="mean", memory_budget=2_000_000)
+    assert (free.mode, free.backend, tight.mode) == ("store", "cpu", "recompute") or tight.block_n < free.block_n
+
+
+def test_default_modes():
+    arrays = shapes(64, 32, 1000)
+    assert plan_linear_cross_entropy(*arrays).mode == "recompute"  # one loss for each token
+    assert plan_linear_cross_entropy(*arrays, reduction="mean").mode == "store"
+    for kind, mesh in ON.items():
+        with jax.sharding.use_abstract_mesh(mesh):
+            plan = plan_linear_cross_entropy(*arrays, reduction="mean")
+            assert plan.mode == "recompute"
+            assert plan.backend == ("gpu" if "NVIDIA" in kind else "tpu")
+            assert plans.retiles() == (kind == "TPU7x")
+            assert not plans.transposes()
+    assert plans.transposes()
+
+
+def test_what_tpu_programs_are_divided_into():
+    wanted = {
+        (8192, 131072): 1024,
+        (8192, 128256): 768,  # divides 128,256
+        (8192, 151936): 1024,  # 128 times a prime
+        (8192, 50257): 1024,
+        (65536, 131072): 512,
+        (16, 7): 7,
+        (1, 1): 1,
+    }
+    with jax.sharding.use_abstract_mesh(ON["TPU v5 lite"]):
+        blocks = {
+            (n, v): plan_linear_cross_entropy(*shapes(n, 2048, v, jnp.bfloat16), reduction="mean").block_v
+            for n, v in wanted
+        }
+    assert blocks == wanted
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 1000, 50257])
+def test_sizes_go_down_to_one(length):
+    sizes = plans._sizes(length, 1024, 128)
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert sizes[0] <= min(length, 1024)
+    assert sizes[-1] == 1
+
+
+def test_it_prints():
+    text = str(plan_linear_cross_entropy(*shapes(4096, 512, 50304), reduction="mean"))
+    assert re.fullmatch(
+        r"mode          store, on cpu\n"
+        r"blocks        1,024 tokens\n"
+        r"extra memory  [\d.]+ MB for loss and gradient; the logits would be 824\.2 MB\n"
+        r"matmuls       633\.0 GFLOP",
+        text,
+    )
+
+
+def test_it_takes_what_the_loss_takes(rng):
+    """Arrays as well as shapes, and the same errors."""
+    hidden, kernel = np.ones((4, 3), np.float32), np.ones((3, 5), np.float32)
+    options = {
+        "bias": np.zeros(5, np.float32),
+        "label_smoothing": 0.1,
+        "where": None,
+        "weights": np.ones(4, np.float32),
+    }
+    plan = plan_linear_cross_entropy(hidden, kernel, np.zeros(4, np.int32), **options)
+    assert isinstance(plan, plans.LinearPlan)
+    with pytest.raises(ValueError, match=r"^kernel: "):
+        plan_linear_cross_entropy(hidden, kernel.T, np.zeros(4, np.int32))
+    with pytest.raises(TypeError, match="no_such_option"):
+        plan_linear_cross_entropy(hidden, kernel, np.zeros(4, np.int32), no_such_option=1)
+    assert jaxce.plan_linear_cross_entropy is plan_linear_cross_entropy
