@@ -25,8 +25,9 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## the figures and plots of the README (20 minutes on 2 idle cores)
+bench: $(READY)  ## the figures and plots of the README (30 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks dense
+	$(BIN)/python -m benchmarks linear
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

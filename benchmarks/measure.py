@@ -15,15 +15,17 @@ import jax
 import numpy as np
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], seconds: float, most: int = 400) -> dict[str, list[float]]:
-    """Seconds per call of each function, called in turn until the time is up, at least 7 times each.
+def interleaved(
+    runs: dict[str, Callable[[], Any]], seconds: float, most: int = 400, least: int = 7, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds per call of each function, called in turn until the time is up, at least `least` times each.
 
     In turn, because a machine's speed drifts: a ratio of two calls made next to each other is worth more than a ratio
     of two averages. Each function must block until its result is there.
     """
     for run in runs.values():
-        run()
-        run()
+        for _ in range(warm_up):
+            run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
     order = list(runs)
@@ -32,7 +34,7 @@ def interleaved(runs: dict[str, Callable[[], Any]], seconds: float, most: int = 
             start = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - start)
-        if i >= 6 and time.perf_counter() > end:
+        if i + 1 >= least and time.perf_counter() > end:
             break
     return times
 
@@ -45,13 +47,18 @@ def geometric_mean(values: Iterable[float]) -> float:
     return float(np.exp(np.mean([math.log(v) for v in values])))
 
 
-def compiling(f: Callable, *args: Any) -> dict[str, float]:
-    """What compiling `f` takes, in seconds, and the temporary bytes that the program needs."""
+def compiled(f: Callable, *args: Any) -> tuple[Callable, dict[str, float]]:
+    """`f` compiled for these arguments, the seconds that took, and the temporary bytes that the program needs."""
     lowered = jax.jit(f).lower(*args)
     start = time.perf_counter()
     program = lowered.compile()
     seconds = time.perf_counter() - start
-    return {"compile_s": seconds, "temp_bytes": program.memory_analysis().temp_size_in_bytes}
+    return program, {"compile_s": seconds, "temp_bytes": program.memory_analysis().temp_size_in_bytes}
+
+
+def compiling(f: Callable, *args: Any) -> dict[str, float]:
+    """What compiling `f` takes, in seconds, and the temporary bytes that the program needs."""
+    return compiled(f, *args)[1]
 
 
 def environment(*packages: str) -> dict[str, Any]:

@@ -110,8 +110,10 @@ def linear_table(results: dict[str, Any]) -> str:
 def _time_and_memory(figures: dict[str, Any]) -> str:
     if "missing" in figures:
         return "–"
-    memory = f", {figures['temp_bytes'] / 1e6:,.0f} MB" if "temp_bytes" in figures else ""
-    return f"{figures['to_optax']:.2f}{memory}"
+    if "temp_bytes" not in figures:
+        return f"{figures['to_optax']:.2f}"
+    megabytes = figures["temp_bytes"] / 1e6
+    return f"{figures['to_optax']:.2f}, {megabytes:,.{int(megabytes < 10)}f} MB"
 
 
 def _wrong_losses(rows: list[dict[str, Any]]) -> list[str]:
@@ -166,6 +168,7 @@ TABLES = {
     "dense": (dense_table, "dense-cpu.json"),
     "linear": (linear_table, "linear-cpu.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
+    "cifar10-full": (cifar10_table, "cifar10-full/history.json"),
 }
 
 

@@ -171,7 +171,7 @@ def scalar(name: str, x: Any, low: float, high: float) -> None:
         fail(TypeError, name, "a real number", describe(x))
     if jnp.shape(x) != ():
         fail(ValueError, name, "one number", describe(x))
-    if not isinstance(x, jax.Array) and not low <= float(x) <= high:
+    if not isinstance(x, jax.Array) and not (low <= float(x) <= high and math.isfinite(x)):
         bounds = f"between {low:g} and {high:g}" if math.isfinite(high) else f">= {low:g}"
         fail(ValueError, name, f"a number {bounds}", repr(x))
 

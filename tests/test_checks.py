@@ -266,6 +266,7 @@ SCALAR_CASES = {
     "z_loss negative": Wrong(lambda: loss(z_loss=-1.0), ValueError, "z_loss", "a number >= 0", r"-1\.0"),
     "z_loss NumPy negative": Wrong(lambda: loss(z_loss=np.float32(-1)), ValueError, "z_loss", ">= 0", r"-1\.0"),
     "z_loss NaN": Wrong(lambda: loss(z_loss=np.nan), ValueError, "z_loss", ">= 0", "nan"),
+    "z_loss infinite": Wrong(lambda: loss(z_loss=np.inf), ValueError, "z_loss", "a number >= 0", "inf"),
     "z_loss None": Wrong(lambda: loss(z_loss=None), TypeError, "z_loss", "number", "None"),
     "z_loss complex": Wrong(lambda: loss(z_loss=np.complex64(1)), TypeError, "z_loss", "number", "complex64|1"),
     "softcap 0": Wrong(lambda: loss(logit_softcap=0.0), ValueError, "logit_softcap", "> 0", r"0\.0", "None means"),

@@ -17,7 +17,6 @@ Needs the extra: pip install "jaxce[examples]"
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import sys
@@ -32,22 +31,18 @@ import numpy as np
 import optax
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import jaxce
 from jaxce.examples import cifar10_data, cifar10_model, cifar10_report
 from jaxce.examples.cifar10_checkpoint import Checkpoint
 from jaxce.examples.cifar10_data import NUM_CLASSES, DamagedDataError, Dataset
 from jaxce.examples.cifar10_report import EpochRow
+from jaxce.examples.common import UsageError, checked, natural_number, positive_integer, progress_bar
 
 Targets = jax.Array | jaxce.SparseTargets
 
 WEIGHT_DECAY = 5e-4
 EVALUATION_BATCH = 500
-
-
-class UsageError(Exception):
-    """Arguments that do not fit the data or the checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,19 +311,6 @@ def train(trainer: Trainer, epochs: range, on_epoch: Callable[[EpochRow], None],
             on_epoch(EpochRow(epoch, train_loss, test_loss, test_accuracy, seconds))
 
 
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,  # leave a log file with the rows alone
-    )
-
-
 def restore(checkpoint: Checkpoint, trainer: Trainer, console: Console) -> tuple[float, list[EpochRow]]:
     """Put the trainer where the checkpoint left off; the loss at the start, and the rows so far.
 
@@ -357,20 +339,6 @@ def restore(checkpoint: Checkpoint, trainer: Trainer, console: Console) -> tuple
 # The command line.
 
 
-def checked(kind: type[int] | type[float], expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
-    """An argparse type whose complaint says what was expected."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if fits(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-
-    return parse
-
-
-positive_integer = checked(int, "a whole number from 1 up", lambda n: n >= 1)
-natural_number = checked(int, "a whole number from 0 up", lambda n: n >= 0)
 nonnegative = checked(float, "a finite number from 0 up", lambda x: 0 <= x < math.inf)
 fraction = checked(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -16,13 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxce.examples.cifar10_data import NUM_CLASSES
+from jaxce.examples.common import START_MARGIN, versions
 
 CHANCE_LOSS = math.log(NUM_CLASSES)
-# Logits spread with deviation s before training cost about s²/2 above chance. A loss half a nat off
-# thus means a deviation above 1: sure of itself before it has seen anything. No untrained network
-# is that far below chance.
-START_MARGIN = 0.5
-
 HEADER = "epoch   train loss   test loss   accuracy    skill   seconds"
 
 
@@ -69,16 +64,6 @@ def write_history(path: Path, about: dict[str, Any], start_loss: float, rows: Se
         "epochs": [dataclasses.asdict(row) | {"skill": row.skill} for row in rows],
     }
     path.write_text(json.dumps(history, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("jaxce", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"  # jaxce itself, run from a checkout
-    return found
 
 
 def plot_history(path: Path, title: str, start_loss: float, rows: Sequence[EpochRow]) -> None:

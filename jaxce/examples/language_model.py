@@ -34,7 +34,7 @@ from rich.console import Console
 
 import jaxce
 from jaxce.examples import language_model_data, language_model_network, language_model_report
-from jaxce.examples.cifar10 import UsageError, checked, natural_number, positive_integer, progress_bar
+from jaxce.examples.common import UsageError, checked, natural_number, positive_integer, progress_bar
 from jaxce.examples.language_model_data import Dataset, UnusableTextError
 from jaxce.examples.language_model_network import HEAD_SIZE, LanguageModel
 from jaxce.examples.language_model_report import Measures, Row, Yardsticks

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from jaxce.examples.cifar10_report import START_MARGIN, versions
+from jaxce.examples.common import START_MARGIN, versions
 
 HEADER = "  step   train loss   validation loss   perplexity   bits per byte   seconds"
 
