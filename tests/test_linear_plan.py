@@ -124,7 +124,8 @@ def test_default_modes():
 def test_what_tpu_programs_are_divided_into():
     wanted = {
         (8192, 131072): 1024,
-        (8192, 128256): 768,  # divides 128,256
+        (8192, 130816): 896,  # divides the number of classes
+        (8192, 128256): 1024,
         (8192, 151936): 1024,  # 128 times a prime
         (8192, 50257): 1024,
         (65536, 131072): 512,

@@ -156,7 +156,7 @@ def _sizes(length: int, target: int, multiple: int) -> list[int]:
         size = length
         if target < length:
             size = max(target // multiple, 1) * multiple if target >= multiple else target
-            near = [s for s in range(size, size // 2, -min(multiple, size)) if length % s == 0]
+            near = [s for s in range(size, size * 3 // 4, -min(multiple, size)) if length % s == 0]
             size = near[0] if near else size
         sizes.append(size)
         target = size // 2

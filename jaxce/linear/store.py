@@ -33,6 +33,10 @@ def forward(
 ) -> tuple[Array, CrossEntropyAux | None, Tokens, Shared]:
     """The sum of the losses, the aux record, and the gradients of the sum."""
     n = tokens.hidden.shape[0]
+    dtype = working_dtype(matmul_dtype(tokens.hidden, shared.kernel))
+    if 0 < n <= block_n and shared.kernel.dtype != jnp.float16:  # nothing to add up
+        nothing = Shared(None, None, *(None if x is None else jnp.zeros(x.shape, dtype) for x in shared[2:]))
+        return _block(projection, block_v, options, tokens, shared, nothing)
     count, order = n, None
     if block_n < n and not options.return_aux:  # which says something of unused tokens too
         tokens, count, order = _used_first(tokens, shared, options, projection, block_v)
@@ -54,7 +58,6 @@ def forward(
 
         return add(state) if order is None else lax.cond(start < count, add, lambda state: state, state)
 
-    dtype = working_dtype(matmul_dtype(tokens.hidden, shared.kernel))
     rows = jnp.zeros((n,), dtype)
     state = _State(
         jnp.zeros((), dtype),
@@ -93,7 +96,10 @@ def _used_first(
 def _block(
     projection: Projection, block_v: int, options: Options, tokens: Tokens, shared: Shared, sums: Shared
 ) -> tuple[Array, CrossEntropyAux | None, Tokens, Shared]:
-    """Loss, aux record and gradients of a block of tokens; what belongs to all tokens is added to `sums`."""
+    """Loss, aux record and gradients of a block of tokens; what belongs to all tokens is added to `sums`.
+
+    Without a kernel in `sums`, the gradients of kernel and bias are written as they are.
+    """
     spec, inputs = spec_of(options), inputs_of(tokens, shared, options)
     stats, kept = vocabulary.forward(projection, block_v, spec, inputs, keep=True)
     unweighted = None
@@ -124,7 +130,9 @@ def _block(
         target_weights=None if inputs.target_weights is None else jnp.zeros_like(sums.class_weights),
         smoothing_weights=None if inputs.smoothing_weights is None else jnp.zeros_like(sums.class_weights),
     )
-    grads = vocabulary.backward(projection, block_v, spec, inputs, stats, ct, kept=kept, sums=summed)
+    grads = vocabulary.backward(
+        projection, block_v, spec, inputs, stats, ct, kept=kept, sums=None if sums.kernel is None else summed
+    )
     dshared = Shared(None, None, damounts.class_weights, damounts.label_smoothing, damounts.z_loss)
     sums = jax.tree.map(
         lambda x, d: x if d is None else x + d.astype(x.dtype), sums, dshared, is_leaf=lambda x: x is None
