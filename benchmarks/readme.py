@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -164,10 +165,35 @@ def cifar10_table(history: dict[str, Any]) -> str:
     return f"Before training the loss was {start:.3f}; guessing costs ln 10 = {chance:.3f}.\n\n{table}"
 
 
+def language_model_table(results: dict[str, Any]) -> str:
+    rows = results["rows"]
+    shown = [row for i, row in enumerate(rows) if i % 3 == 0 or row is rows[-1]]
+    fused, dense = (results["temporary_bytes"][name] / 1e6 for name in ("fused", "dense"))
+    classes = round(math.exp(results["chance_loss"]))
+    header = ["step", "train loss", "validation loss", "perplexity", "bits per byte", "seconds so far"]
+    lines = [
+        [
+            str(row["step"]),
+            f"{row['train_loss']:.3f}",
+            f"{row['validation_loss']:.3f}",
+            f"{row['perplexity']:.0f}",
+            f"{row['bits_per_byte']:.2f}",
+            f"{sum(r['seconds'] for r in rows if r['step'] <= row['step']):.0f}",
+        ]
+        for row in shown
+    ]
+    return (
+        f"Loss and gradients need {fused:.0f} MB beyond arguments and results, {dense:.0f} MB with the logits in "
+        f"memory. Guessing costs ln {classes} = {results['chance_loss']:.3f}, knowing how "
+        f"frequent each token is {results['unigram_entropy']:.3f}.\n\n{markdown(header, lines)}"
+    )
+
+
 TABLES = {
     "dense": (dense_table, "dense-cpu.json"),
     "linear": (linear_table, "linear-cpu.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
+    "language-model": (language_model_table, "language-model/history.json"),
     "cifar10-full": (cifar10_table, "cifar10-full/history.json"),
 }
 

@@ -100,11 +100,16 @@ def test_a_budget_that_is_too_small():
         )
 
 
-def test_a_budget_that_only_one_mode_can_keep():
+def test_a_tight_budget_changes_the_mode():
+    """Before its blocks of tokens get so small that adding up dkernel takes the time."""
     arrays = shapes(1000, 8, 100_003)
-    free = plan_linear_cross_entropy(*arrays, reduction="mean")
-    tight = plan_linear_cross_entropy(*arrays, reduction="mean", memory_budget=2_000_000)
-    assert (free.mode, free.backend, tight.mode) == ("store", "cpu", "recompute") or tight.block_n < free.block_n
+    plan = {
+        budget: plan_linear_cross_entropy(*arrays, reduction="mean", memory_budget=budget)
+        for budget in (10**9, 150_000_000, 10_000_000)
+    }
+    assert [p.mode for p in plan.values()] == ["store", "store", "recompute"]
+    assert plan[10**9].block_n > plan[150_000_000].block_n >= 256
+    assert plan_linear_cross_entropy(*arrays, reduction="mean", mode="store", memory_budget=10_000_000).block_n < 256
 
 
 def test_default_modes():

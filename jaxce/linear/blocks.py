@@ -21,8 +21,8 @@ class Projection(NamedTuple):
 
     vocab_axis: int = 1  # of the kernel: 1 for [D, V], 0 for [V, D]
     precision: Any = None
-    retiles: bool = False  # both: see `jaxce.linear.plan`
-    transposes: bool = False
+    retiles: bool = False  # for a chip that copies sliced kernels, see `jaxce.linear.plan`
+    transposes: bool = False  # hidden states once, rather than in the product of every block
 
 
 def over_blocks(length: int, size: int, block: Callable[[Any, int, State], State], state: State) -> State:
