@@ -365,7 +365,7 @@ def test_few_tokens(rng, mode, batch):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
-@pytest.mark.parametrize("out", ["ignored", "weight 0", "where"])
+@pytest.mark.parametrize("out", ["ignored", "weight 0", "class of weight 0", "where"])
 def test_a_token_left_out_leaves_no_trace(rng, mode, bad, out):
     """0·NaN in a matmul would put it into every entry of dkernel."""
     args = {name: x for name, x in arguments(rng).items() if name in ("hidden", "kernel", "bias", "targets")}
@@ -379,6 +379,8 @@ def test_a_token_left_out_leaves_no_trace(rng, mode, bad, out):
         options["ignore_index"] = -100
     elif out == "weight 0":
         options["weights"] = (np.arange(N) != 3).astype(np.float32)
+    elif out == "class of weight 0":
+        options["class_weights"] = (np.arange(V) != args["targets"][3]).astype(np.float32)
     else:
         options["where"] = (np.arange(N) != 3)[:, None]
     with blocks(mode):

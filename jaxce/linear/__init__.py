@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxce import checks
-from jaxce.compose import CrossEntropyAux, Options, checked_options, unused_examples
+from jaxce.compose import CrossEntropyAux, Options, applied_weights, checked_options, unused_examples
 from jaxce.linear import blocks, rule
 from jaxce.linear import plan as plans
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, targets_of
@@ -257,10 +257,18 @@ def _loss(
 def _without_unused(tokens: Tokens, shared: Shared, options: Options, V: int, block_v: int) -> Array:
     """The hidden states, but 0 for what is not finite in unused tokens: in a matmul 0·NaN would reach everything."""
     hidden = tokens.hidden
-    if options.ignore_index is None and tokens.weights is None and tokens.where is None:
+    if (
+        options.ignore_index is None
+        and tokens.weights is None
+        and tokens.where is None
+        and shared.class_weights is None
+    ):
         return hidden
     classes = blocks.participating(tokens.where, (*hidden.shape[:-1], V), block_v)
-    unused = unused_examples(targets_of(tokens), jnp.sum(hidden, -1), options, amounts_of(tokens, shared), classes)
+    given = targets_of(tokens), jnp.sum(hidden, -1), options, amounts_of(tokens, shared), classes
+    unused = unused_examples(*given)
+    if not (options.label_smoothing or options.z_loss or options.return_aux):  # which a class of weight 0 does not stop
+        unused |= applied_weights(*given) == 0
     return jnp.where(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros_like(hidden), hidden)
 
 
