@@ -192,6 +192,7 @@ def language_model_table(results: dict[str, Any]) -> str:
 TABLES = {
     "dense": (dense_table, "dense-cpu.json"),
     "linear": (linear_table, "linear-cpu.json"),
+    "linear-newest-jax": (linear_table, "newest-jax/linear-cpu.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
     "language-model": (language_model_table, "language-model/history.json"),
     "cifar10-full": (cifar10_table, "cifar10-full/history.json"),
