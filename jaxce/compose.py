@@ -175,8 +175,7 @@ def compose(
         nll = jnp.sum(times(probs, surprise), -1)
         target = nll
         if amounts.class_weights is not None:
-            entries = times(class_weight_at(amounts.class_weights, targets.indices), probs)
-            target = jnp.sum(times(entries, surprise), -1)
+            target = jnp.sum(times(_weighted_entries(targets, amounts.class_weights, options), surprise), -1)
 
     loss = target
     if options.label_smoothing:
@@ -215,12 +214,17 @@ def applied_weights(
     return jnp.where(counted_examples(targets, like, options, participating), weight, jnp.zeros_like(weight))
 
 
+def _weighted_entries(targets: Targets, class_weights: Array, options: Options) -> Array:
+    """w_c t_c at each of the K index entries."""
+    by_class = class_weight_at(class_weights, targets.indices)
+    probs = entry_probs(targets, options.ignore_index)
+    return by_class if probs is None else times(by_class, probs.astype(by_class.dtype))
+
+
 def _class_weight_of_examples(targets: Targets, class_weights: Array, options: Options) -> Array:
     """Σ_c w_c t_c, which is w_y for an index."""
     if targets.indices is not None:
-        by_class = class_weight_at(class_weights, targets.indices)
-        probs = entry_probs(targets, options.ignore_index)
-        return jnp.sum(by_class if probs is None else times(by_class, probs.astype(by_class.dtype)), -1)
+        return jnp.sum(_weighted_entries(targets, class_weights, options), -1)
     probs = targets.probs.astype(class_weights.dtype)
     if explicitly_sharded(probs):  # a product over a sharded axis would have to be told how its result is sharded
         return jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1)

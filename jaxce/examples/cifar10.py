@@ -37,7 +37,7 @@ from jaxce.examples import cifar10_data, cifar10_model, cifar10_report
 from jaxce.examples.cifar10_checkpoint import Checkpoint
 from jaxce.examples.cifar10_data import NUM_CLASSES, DamagedDataError, Dataset
 from jaxce.examples.cifar10_report import EpochRow
-from jaxce.examples.common import UsageError, checked, natural_number, positive_integer, progress_bar
+from jaxce.examples.common import UsageError, checked, exit_code, natural_number, positive_integer, progress_bar
 
 Targets = jax.Array | jaxce.SparseTargets
 
@@ -429,7 +429,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
-    try:
+
+    def program() -> None:
         run(
             settings_from(arguments),
             data_dir=arguments.data_dir,
@@ -438,13 +439,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stop_after=arguments.stop_after,
             console=Console(highlight=False, soft_wrap=True),
         )
-    except (UsageError, DamagedDataError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. --resume goes on after the last row above.", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(program, DamagedDataError, "Interrupted. --resume goes on after the last row above.")
 
 
 if __name__ == "__main__":

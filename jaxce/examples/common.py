@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Callable
 
 from rich.console import Console
@@ -19,6 +20,19 @@ START_MARGIN = 0.5
 
 class UsageError(Exception):
     """Arguments that do not fit the data or the checkpoint."""
+
+
+def exit_code(program: Callable[[], None], problem: type[Exception], interrupted: str) -> int:
+    """Run a program; what the user can mend is told in a line, without a traceback."""
+    try:
+        program()
+    except (UsageError, problem) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def checked(kind: type[int] | type[float], expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:

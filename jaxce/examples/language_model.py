@@ -34,7 +34,7 @@ from rich.console import Console
 
 import jaxce
 from jaxce.examples import language_model_data, language_model_network, language_model_report
-from jaxce.examples.common import UsageError, checked, natural_number, positive_integer, progress_bar
+from jaxce.examples.common import UsageError, checked, exit_code, natural_number, positive_integer, progress_bar
 from jaxce.examples.language_model_data import Dataset, UnusableTextError
 from jaxce.examples.language_model_network import HEAD_SIZE, LanguageModel
 from jaxce.examples.language_model_report import Measures, Row, Yardsticks
@@ -368,20 +368,16 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
-    try:
+
+    def program() -> None:
         run(
             settings_from(arguments),
             data=arguments.data,
             output_dir=arguments.output_dir,
             console=Console(highlight=False, soft_wrap=True),
         )
-    except (UsageError, UnusableTextError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(program, UnusableTextError, "Interrupted.")
 
 
 if __name__ == "__main__":

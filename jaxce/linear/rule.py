@@ -13,7 +13,7 @@ from jax import Array
 from jaxce.compose import CrossEntropyAux, Options, applied_weights, average, compose, counted_examples
 from jaxce.linear import store, vocabulary
 from jaxce.linear.blocks import Projection, participating
-from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, spec_of, targets_of
+from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, spec_of, targets_of, without_class_weights
 from jaxce.linear.vocabulary import Inputs
 from jaxce.stats import Spec, Terms, finish
 
@@ -46,8 +46,7 @@ def recomputed_loss(
     inputs = inputs_of(tokens, shared, options)
     terms, prediction = linear_terms(projection, block_v, spec_of(options), inputs)
     unweighted = None
-    if options.return_aux and inputs.target_weights is not None:
-        without = inputs._replace(target_weights=None, smoothing_weights=None)
+    if (without := without_class_weights(inputs, options)) is not None:
         unweighted = linear_terms(projection, block_v, Spec(options.logit_softcap), without)[0].target
     num_classes = shared.kernel.shape[projection.vocab_axis]
     return compose(

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jaxce.compose import Amounts, CrossEntropyAux, Options, compose, unused_examples
 from jaxce.linear import vocabulary
 from jaxce.linear.blocks import Projection, matmul_dtype, over_blocks, participating, put, take
-from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, spec_of, targets_of
+from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, spec_of, targets_of, without_class_weights
 from jaxce.stats import Spec, Terms, finish, working_dtype
 from jaxce.targets import Targets
 
@@ -103,8 +103,7 @@ def _block(
     spec, inputs = spec_of(options), inputs_of(tokens, shared, options)
     stats, kept = vocabulary.forward(projection, block_v, spec, inputs, keep=True)
     unweighted = None
-    if options.return_aux and inputs.target_weights is not None:
-        without = inputs._replace(target_weights=None, smoothing_weights=None)
+    if (without := without_class_weights(inputs, options)) is not None:
         unweighted = vocabulary.forward(projection, block_v, Spec(options.logit_softcap), without, kept=kept)[0]
     num_classes = shared.kernel.shape[projection.vocab_axis]
 

@@ -56,3 +56,10 @@ def inputs_of(tokens: Tokens, shared: Shared, options: Options) -> Inputs:
         shared.class_weights if options.label_smoothing else None,
         tokens.where,
     )
+
+
+def without_class_weights(inputs: Inputs, options: Options) -> Inputs | None:
+    """The inputs of the aux record's nll, where probability targets are weighted by class in the loss; else None."""
+    if not options.return_aux or inputs.target_weights is None:
+        return None
+    return inputs._replace(target_weights=None, smoothing_weights=None)
