@@ -201,10 +201,12 @@ def loss_of_logits(
     probs = targets.probs if targets.indices is None else None
     weighted = probs
     if probs is not None and amounts.class_weights is not None:
+        # Several uses below, of logits too with aux: their gradients must not be rounded before they are added.
         dtype = amounts.class_weights.dtype
         probs = probs.astype(dtype)
+        targets = targets._replace(probs=probs)
         weighted = probs * jnp.broadcast_to(amounts.class_weights, probs.shape)
-        if options.return_aux:  # two gradients below, which must not be rounded before they are added
+        if options.return_aux:
             logits = logits.astype(dtype)
     logits, weighted, smoothing_weights = vary_alike(logits, weighted, amounts.class_weights)
     terms = terms_of(spec, logits, targets.indices, weighted, smoothing_weights, where)

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jaxce import checks
 from jaxce.label_check import check_labels
 from jaxce.sharding import explicitly_sharded
+from jaxce.stats import working_dtype
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "probs"], meta_fields=[])
@@ -55,7 +56,8 @@ def sort_by_kind(targets: Any, batch: tuple[int, ...], full: tuple[int, ...], na
         checks.indices("targets.indices", indices, batch, full, sparse=True)
         probs = checks.float_array("targets.probs", targets.probs)
         checks.probabilities("targets.probs", probs, indices.shape)
-        return Targets(indices, probs)
+        # In a working dtype: where they are used more than once, their gradients are added before they are rounded.
+        return Targets(indices, probs.astype(working_dtype(probs.dtype)))
     if checks.is_integers(targets):
         indices = _integers(name, targets)
         checks.indices(name, indices, batch, full)
