@@ -225,7 +225,9 @@ def split_over(name: str, x: jax.Array, axis_name: tuple[str, ...], what: str) -
     if missing := set(axis_name) - jax.typeof(x).mat.varying:
         hint = "Name the axis in in_specs, or do not pass it here: every device would count the same numbers again."
         names = ", ".join(map(repr, sorted(missing)))
-        fail(ValueError, name, f"this device's share of the {what}", f"the same array on all devices along {names}", hint)
+        fail(
+            ValueError, name, f"this device's share of the {what}", f"the same array on all devices along {names}", hint
+        )
 
 
 def one_of(name: str, x: Any, choices: Sequence[Any]) -> None:
