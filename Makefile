@@ -28,6 +28,7 @@ lint: $(READY)  ## style and types
 bench: $(READY)  ## the figures and plots of the README (30 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks dense
 	$(BIN)/python -m benchmarks linear
+	$(BIN)/python -m benchmarks sharded
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
