@@ -109,8 +109,10 @@ def cpu_row(devices: int, seconds: float) -> dict[str, Any]:
         jax.device_put(x, NamedSharding(mesh, spec))
         for x, spec in zip((hidden, kernel, labels), (HIDDEN, KERNEL, LABELS), strict=True)
     ]
-    programs: dict[str, Any] = {name: program(name, mesh, *args) for name in LOSSES}
-    runs = {name: functools.partial(lambda f: jax.block_until_ready(f(*args)), f) for name, f in programs.items()}
+    programs = {name: program(name, mesh, *args) for name in LOSSES}
+    runs: dict[str, Callable[[], Any]] = {
+        name: functools.partial(lambda f: jax.block_until_ready(f(*args)), f) for name, f in programs.items()
+    }
     times = measure.interleaved(runs, seconds)
     figures = {
         name: {
