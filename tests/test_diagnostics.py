@@ -214,7 +214,7 @@ def test_one_confident_mistake_makes_a_high_loss_at_90_percent():
     assert found.accuracy == pytest.approx(0.9, rel=EPS)
     assert found.skill == pytest.approx(1 - found.loss / LN10, rel=4 * EPS)
     assert found.costliest[0].index == 9
-    assert any("1 of 10 example carries 83%" in said for said in found.findings)
+    assert any("1 of 10 examples carries 83%" in said for said in found.findings)
 
 
 def test_says_far_better_than_chance(rng):
@@ -451,7 +451,7 @@ def test_prints_an_aligned_table(rng):
     for table, rows in ((classes, 10), (examples, 5)):
         assert len({len(line) for line in table.split("\n")}) == 1
         assert table.count("\n") == rows
-    assert findings.startswith("Better than guessing")
+    assert findings.startswith("Far better than guessing")
     assert max(map(len, text.split("\n"))) < 200
 
 

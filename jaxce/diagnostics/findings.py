@@ -65,9 +65,9 @@ def _few(report: Any) -> str:
             break
         carried += example.cost
         if total > 0 and carried >= MOST * total and report.examples > 2:
-            noun = "example carries" if count == 1 else "examples carry"
+            verb = "carries" if count == 1 else "carry"
             return (
-                f"A few examples carry most of the loss: {count} of {report.examples:,} {noun} {carried / total:.0%}. "
+                f"A few examples carry most of the loss: {count} of {report.examples:,} examples {verb} {carried / total:.0%}. "
                 "Look at their labels first."
             )
     share = report.wrong_loss * (1 - report.accuracy) / report.loss if report.accuracy < 1 and report.loss else 0
