@@ -140,7 +140,6 @@ def test_confidence_one_is_in_the_last_bin_and_a_half_in_the_lower():
     found = diagnostics.calibration(logits, jnp.array([0, 0]), num_bins=4)
     np.testing.assert_array_equal(found.weight, [0, 1, 0, 1])
     assert found.confidence[-1] == 1
-    # A confidence of (almost) 0 takes very many classes or a NaN-free corner; one class alone is sure: 1.
     assert diagnostics.calibration(jnp.zeros((1, 1)), jnp.array([0]), num_bins=3).weight[-1] == 1
     many = diagnostics.calibration(jnp.zeros((1, 5000)), jnp.array([0]), num_bins=3)
     np.testing.assert_array_equal(many.weight, [1, 0, 0])

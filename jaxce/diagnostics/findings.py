@@ -67,8 +67,8 @@ def _few(report: Any) -> str:
         if total > 0 and carried >= MOST * total and report.examples > 2:
             verb = "carries" if count == 1 else "carry"
             return (
-                f"A few examples carry most of the loss: {count} of {report.examples:,} examples {verb} {carried / total:.0%}. "
-                "Look at their labels first."
+                f"A few examples carry most of the loss: {count} of {report.examples:,} examples {verb} "
+                f"{carried / total:.0%}. Look at their labels first."
             )
     share = report.wrong_loss * (1 - report.accuracy) / report.loss if report.accuracy < 1 and report.loss else 0
     if share >= MOST and report.accuracy > 0.5:

@@ -59,8 +59,8 @@ def _histogram(axes: Any, report: Any) -> None:
     axes.bar(left, wrong[used], width, bottom=right[used], align="edge", color=WRONG, hatch="//", edgecolor="white",
              linewidth=0, label="wrong")  # fmt: skip
     if np.isfinite(report.loss):
-        axes.axvline(report.loss, color="black", label=f"mean, {report.loss:.3g}")
-    axes.axvline(report.chance, color=REFERENCE, linestyle="--", label=f"guessing, {report.chance:.3g}")
+        axes.axvline(report.loss, ymax=0.74, color="black", label=f"mean, {report.loss:.3g}")
+    axes.axvline(report.chance, ymax=0.74, color=REFERENCE, linestyle="--", label=f"guessing, {report.chance:.3g}")
     axes.set(
         xscale="log",
         xlabel="loss of an example (nats)",
