@@ -1,0 +1,28 @@
+"""Sphinx builds these pages from the docstrings, the README and the notebooks: `make docs`."""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jaxce
+
+project = "jaxce"
+author = copyright = "The jaxce authors"
+version = release = jaxce.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "myst_nb"]
+exclude_patterns = ["**/.ipynb_checkpoints"]
+default_role = "py:obj"  # `name` in a docstring: a link where it is a public name, code otherwise
+
+html_theme = "furo"
+html_title = f"jaxce {version}"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say which shapes and dtypes
+napoleon_numpy_docstring = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # a page made of a part of the README starts below its headings
+nb_execution_mode = "off"  # the notebooks are committed with their outputs: `make notebooks`

@@ -1,0 +1,27 @@
+"""The reference covers every public name, and every notebook is a page. `make docs` builds it, warnings as errors."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+
+import jaxce
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGES = [path.read_text() for path in DOCS.glob("api/*.rst")]
+DOCUMENTED = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", "\n".join(PAGES), re.M))
+
+
+@pytest.mark.parametrize("name", jaxce.__all__)
+def test_every_public_name_is_in_the_reference(name):
+    assert name in DOCUMENTED
+
+
+@pytest.mark.parametrize("folder", ["api", "notebooks"])
+def test_every_page_is_reachable(folder):
+    index = (DOCS / "index.md").read_text()
+    pages = [p for p in DOCS.joinpath(folder).iterdir() if p.suffix in {".rst", ".md", ".ipynb"}]
+    assert pages
+    assert [p.stem for p in pages if f"\n{folder}/{p.stem}\n" not in index] == []
