@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxce.sharding import AxisNames, sum_over
 from jaxce.stats import Spec, Terms, working_dtype
 
 
@@ -42,40 +43,45 @@ def _row_terms(
     z = z + jnp.where(z == jnp.inf, jnp.nan, 0)
     if where is not None:
         z = jnp.where(where, z, -jnp.inf)
+    axes = spec.axis_name
     z_max = lax.stop_gradient(jnp.max(z))
+    z_max = lax.pmax(z_max, axes) if axes else z_max
     d = z - z_max
     # log Σ exp(d), where the terms near 1 enter as expm1(d) and a count, so that the 1 of the maximum can be left out:
     # beside it the digits of a small sum would be lost.
     near = d > -0.5
-    count = jnp.sum(near.astype(z.dtype))
-    log_sum = jnp.log1p(jnp.sum(jnp.where(near, jnp.expm1(jnp.where(near, d, 0)), jnp.exp(d))) + (count - 1))
+    count = sum_over(jnp.sum(near.astype(z.dtype)), axes)
+    apart = sum_over(jnp.sum(jnp.where(near, jnp.expm1(jnp.where(near, d, 0)), jnp.exp(d))), axes)
+    log_sum = jnp.log1p(apart + (count - 1))
     surprise = log_sum - d  # −log p of each class
     p = jnp.exp(-surprise)
 
     if indices is not None:
-        target = jax.vmap(lambda i: _index_loss(z, i, surprise))(indices)
+        target = jax.vmap(lambda i: _index_loss(z, z_max, i, surprise, axes))(indices)
     else:
-        target = _expectation(probs.astype(z.dtype), surprise)
+        target = _expectation(probs.astype(z.dtype), surprise, axes)
     smoothing = entropy = None
     if spec.smoothing:
         v = jnp.ones_like(z) if v is None else v
-        smoothing = _expectation(v if where is None else jnp.where(where, v, 0), surprise)
+        smoothing = _expectation(v if where is None else jnp.where(where, v, 0), surprise, axes)
     if spec.entropy:
-        entropy = _expectation(p, surprise)
+        entropy = _expectation(p, surprise, axes)
     return Terms(z_max + log_sum, target, smoothing, entropy)
 
 
-def _index_loss(z: Array, index: Array, surprise: Array) -> Array:
+def _index_loss(z: Array, z_max: Array, index: Array, surprise: Array, axes: AxisNames) -> Array:
     """−log p of one class: log1p of the other classes' odds if it is the most likely one, where p is near 1."""
     target = jnp.arange(z.size, dtype=index.dtype) == index
-    z_y = jnp.sum(jnp.where(target, z, 0))
-    likely = jnp.all(z <= z_y)
+    z_y = sum_over(jnp.sum(jnp.where(target, z, 0)), axes)
+    likely = z_y >= z_max
     odds = jnp.where(target, 0, jnp.exp(jnp.where(likely & ~target, z - z_y, 0)))
-    loss = jnp.where(likely, jnp.log1p(jnp.sum(odds)), jnp.sum(jnp.where(target, surprise, 0)))
+    found, odds, of_target, anything = sum_over(
+        (jnp.sum(target), jnp.sum(odds), jnp.sum(jnp.where(target, surprise, 0)), jnp.sum(z)), axes
+    )
     # A label that is no class: something that depends on the whole row, for the caller's NaN to spread over.
-    return jnp.where(jnp.any(target), loss, jnp.sum(z))
+    return jnp.where(found > 0, jnp.where(likely, jnp.log1p(odds), of_target), anything)
 
 
-def _expectation(weights: Array, x: Array) -> Array:
+def _expectation(weights: Array, x: Array, axes: AxisNames) -> Array:
     """Σ weights·x, where a weight of 0 takes away what is not finite."""
-    return jnp.sum(weights * jnp.where((weights == 0) & ~jnp.isfinite(x), 0, x))
+    return sum_over(jnp.sum(weights * jnp.where((weights == 0) & ~jnp.isfinite(x), 0, x)), axes)

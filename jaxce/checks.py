@@ -192,6 +192,44 @@ def ignore_index(x: Any, dtype: jnp.dtype) -> None:
         fail(ValueError, "ignore_index", f"a number that a label can be ({dtype})", repr(x))
 
 
+def mesh_axes(axis_name: Any, batch_axis_name: Any, reduction: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that split the classes and the examples, both as tuples of names, which are empty for None."""
+    class_axes, batch_axes = _axis_names("axis_name", axis_name), _axis_names("batch_axis_name", batch_axis_name)
+    if shared := set(class_axes) & set(batch_axes):
+        expected = f"axes that do not split the classes as well, {class_axes}"
+        fail(ValueError, "batch_axis_name", expected, ", ".join(map(repr, sorted(shared))))
+    if batch_axes and reduction == "none":
+        hint = "It says which devices' examples are added up: give a reduction, or leave it out."
+        fail(ValueError, "batch_axis_name", "None for reduction='none'", repr(batch_axis_name), hint)
+    return class_axes, batch_axes
+
+
+def _axis_names(name: str, x: Any) -> tuple[str, ...]:
+    names = () if x is None else x if isinstance(x, tuple) else (x,)
+    if not all(isinstance(n, str) for n in names):
+        fail(TypeError, name, "None, the name of a mesh axis or a tuple of names", repr(x))
+    if len(set(names)) != len(names):
+        fail(ValueError, name, "axes that differ", repr(x))
+    try:
+        varies = jax.typeof(jax.lax.axis_index(names)).mat.varying if names else frozenset()
+    except NameError:
+        fail(ValueError, name, "axes of the mesh of a surrounding jax.shard_map", repr(x), "Call the loss inside one.")
+    if varies != set(names):
+        hint = "Without its types, gradients of what devices share could not be told from those of what they split."
+        fail(ValueError, name, "a jax.shard_map with check_vma=True, its default", "one that does not check", hint)
+    return names
+
+
+def split_over(name: str, x: jax.Array, axis_name: tuple[str, ...], what: str) -> None:
+    """Whether devices along the mesh axes hold different shares of `x`, as far as its type can tell."""
+    if missing := set(axis_name) - jax.typeof(x).mat.varying:
+        hint = "Name the axis in in_specs, or do not pass it here: every device would count the same numbers again."
+        names = ", ".join(map(repr, sorted(missing)))
+        fail(
+            ValueError, name, f"this device's share of the {what}", f"the same array on all devices along {names}", hint
+        )
+
+
 def one_of(name: str, x: Any, choices: Sequence[Any]) -> None:
     if not any(x is c or (isinstance(x, str) and x == c) for c in choices):
         fail(ValueError, name, "one of " + ", ".join(map(repr, choices)), repr(x))

@@ -19,8 +19,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxce import checks
-from jaxce.sharding import explicitly_sharded
-from jaxce.stats import Terms, times, working_dtype
+from jaxce.sharding import AxisNames, explicitly_sharded, sum_over
+from jaxce.stats import Spec, Terms, times, working_dtype
 from jaxce.targets import Targets, class_weight_at, entry_probs, nan_where_unknown
 
 REDUCTIONS = ("none", "sum", "mean", "mean_count")
@@ -38,6 +38,13 @@ class Options:
     reduction: str = "none"
     return_aux: bool = False
     implementation: str = "xla"
+    axis_name: AxisNames = ()
+    batch_axis_name: AxisNames = ()
+
+    @property
+    def spec(self) -> Spec:
+        """Which terms the loss is composed from."""
+        return Spec(self.logit_softcap, self.label_smoothing, self.return_aux, self.axis_name)
 
 
 class Amounts(NamedTuple):
@@ -63,17 +70,20 @@ def checked_options(
     logit_softcap: float | None = None,
     reduction: str = "none",
     axis_name: Any = None,
+    batch_axis_name: Any = None,
     return_aux: bool = False,
     implementation: str | None = None,
 ) -> tuple[Options, Amounts]:
-    """Checks the options of a public loss and parts them into constants and arrays of the working dtype."""
+    """Checks the options of a public loss and parts them into constants and arrays of the working dtype.
+
+    `num_classes` is the length of the class axis, on this device if it is split.
+    """
     checks.scalar("label_smoothing", label_smoothing, 0, 1)
     checks.scalar("z_loss", z_loss, 0, math.inf)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.one_of("implementation", implementation, (None, *IMPLEMENTATIONS))
     checks.one_of("return_aux", return_aux, (False, True))
-    if axis_name is not None:
-        raise NotImplementedError("axis_name: a class axis split over devices is not supported yet; leave it None.")
+    class_axes, batch_axes = checks.mesh_axes(axis_name, batch_axis_name, reduction)
     if logit_softcap is not None:
         checks.softcap(logit_softcap)
     if ignore_index is not None:
@@ -95,6 +105,8 @@ def checked_options(
         reduction=reduction,
         return_aux=return_aux,
         implementation=implementation or "xla",
+        axis_name=class_axes,
+        batch_axis_name=batch_axes,
     )
     amounts = Amounts(
         weights=None if weights is None else checks.example_weights(weights, batch).astype(dtype),
@@ -152,6 +164,7 @@ def compose(
 
     Args:
       terms: per row; `terms.target` and `terms.smoothing` of probability targets hold the class weights already.
+      num_classes: V, on all devices together.
       participating: how many classes take part in each row, if not all do. A row without any does not count.
       unweighted: `terms.target` of probability targets without class weights, where that differs.
       prediction: argmax of each row, needed for the aux record.
@@ -185,7 +198,7 @@ def compose(
         loss = loss + times(amounts.z_loss, terms.log_normalizer * terms.log_normalizer)
     zero = jnp.zeros_like(loss)
     loss = jnp.where(counted, weights * loss, zero)
-    reduced = reduce(loss, weight, counted, options.reduction)
+    reduced = reduce(loss, weight, counted, options)
     if not options.return_aux:
         return reduced
     nll = jnp.where(counted, nll, zero)
@@ -216,7 +229,7 @@ def applied_weights(
 
 def _weighted_entries(targets: Targets, class_weights: Array, options: Options) -> Array:
     """w_c t_c at each of the K index entries."""
-    by_class = class_weight_at(class_weights, targets.indices)
+    by_class = class_weight_at(class_weights, targets.indices, options.axis_name)
     probs = entry_probs(targets, options.ignore_index)
     return by_class if probs is None else times(by_class, probs.astype(by_class.dtype))
 
@@ -228,7 +241,7 @@ def _class_weight_of_examples(targets: Targets, class_weights: Array, options: O
     probs = targets.probs.astype(class_weights.dtype)
     if explicitly_sharded(probs):  # a product over a sharded axis would have to be told how its result is sharded
         return jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1)
-    return jnp.matmul(probs, class_weights, precision="highest")
+    return sum_over(jnp.matmul(probs, class_weights, precision="highest"), options.axis_name)
 
 
 def unused_examples(
@@ -239,18 +252,20 @@ def unused_examples(
     return unused if amounts.weights is None else unused | (jnp.broadcast_to(amounts.weights, like.shape) == 0)
 
 
-def reduce(loss: Array, weight: Array, counted: Array, reduction: str) -> Array:
+def reduce(loss: Array, weight: Array, counted: Array, options: Options) -> Array:
     """The four reductions."""
-    if reduction == "none":
+    if options.reduction == "none":
         return loss
-    return average(jnp.sum(loss), weight, counted, reduction)
+    return average(jnp.sum(loss), weight, counted, options)
 
 
-def average(total: Array, weight: Array, counted: Array, reduction: str) -> Array:
+def average(total: Array, weight: Array, counted: Array, options: Options) -> Array:
     """From the sum of the losses to their mean. A mean over nothing is 0, with gradient 0."""
-    if reduction == "sum":
+    total = sum_over(total, options.batch_axis_name)
+    if options.reduction == "sum":
         return total
-    divisor = jnp.sum(weight) if reduction == "mean" else jnp.sum(counted.astype(total.dtype))
+    divisor = jnp.sum(weight) if options.reduction == "mean" else jnp.sum(counted.astype(total.dtype))
+    divisor = sum_over(divisor, options.batch_axis_name)
     nothing = divisor == 0
     return jnp.where(nothing, 0, total / jnp.where(nothing, 1, divisor))
 

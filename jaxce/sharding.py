@@ -1,11 +1,20 @@
-"""What sharded arrays need: Explicit meshes, and arrays that vary over the axes of a `shard_map`."""
+"""What sharded arrays need: Explicit meshes, and arrays that vary over the axes of a `shard_map`.
+
+Inside `shard_map` a mesh axis may split the classes (`axis_name`), the examples (`batch_axis_name`), or neither. Its
+types say which arrays differ along which axes, and derivatives are right because they do.
+"""
 
 from __future__ import annotations
+
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
+
+Tree = TypeVar("Tree")
+AxisNames = tuple[str, ...]
 
 
 def explicitly_sharded(*arrays: Array) -> bool:
@@ -24,15 +33,34 @@ def mask_like(mask: Array, like: Array) -> Array:
     return mask & jnp.full_like(like, True, dtype=jnp.bool_)
 
 
-def vary_alike(*arrays: Array | None) -> list[Array | None]:
-    """The arrays, all varying over the mesh axes of a `shard_map` that any of them varies over.
+def varying(*trees: Any) -> frozenset[str]:
+    """The mesh axes of a `shard_map` along which any of the arrays differs."""
+    return frozenset().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(trees)))
+
+
+def vary(tree: Tree, axes: frozenset[str]) -> Tree:
+    """The arrays, varying over `axes` as well.
 
     A gradient has the type of its argument, so what is the same on all devices must be made to vary before it meets the
     logits in a function with a hand-written rule. The derivative of doing so adds the devices' gradients up.
     """
-    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays if a is not None))
-    return [a if a is None else _vary(a, axes - jax.typeof(a).mat.varying) for a in arrays]
+
+    def cast(a: Array) -> Array:
+        missing = axes - varying(a)
+        return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
+
+    return jax.tree.map(cast, tree)
 
 
-def _vary(a: Array, axes: frozenset[str]) -> Array:
-    return lax.pcast(a, tuple(sorted(axes)), to="varying") if axes else a
+def sum_over(tree: Tree, axes: AxisNames) -> Tree:
+    """The sums over the devices along the mesh axes; the arrays themselves if there are none."""
+    return lax.psum(tree, axes) if axes else tree
+
+
+def shard_count(axes: AxisNames) -> int:
+    return lax.axis_size(axes) if axes else 1
+
+
+def shard_start(size: int, axes: AxisNames) -> Array | int:
+    """The number of this device's first class, if each holds `size`."""
+    return lax.axis_index(axes) * size if axes else 0

@@ -15,8 +15,8 @@ from jaxce import autodiff, checks
 from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose, unused_examples
 from jaxce.gradient import Row, effective, gradient
 from jaxce.layout import class_count, classes_last
-from jaxce.sharding import vary_alike
-from jaxce.stats import Spec, Terms, finish, row_stats
+from jaxce.sharding import shard_count, shard_start, sum_over, vary, varying
+from jaxce.stats import Spec, Terms, finish, merge_argmax, merge_shards, row_stats, working_dtype
 from jaxce.targets import Targets, sort_by_kind
 
 
@@ -45,7 +45,8 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
     z_loss: Any = 0.0,
     logit_softcap: float | None = None,
     reduction: str = "none",
-    axis_name: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    batch_axis_name: str | tuple[str, ...] | None = None,
     return_aux: bool = False,
     implementation: str | None = None,
 ) -> Array | tuple[Array, CrossEntropyAux]:
@@ -82,7 +83,11 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
       reduction: `"none"`: the batch shape. `"sum"`. `"mean"`: the sum divided by the sum of the weights that were
         applied (`weights` times the class weight of the target). `"mean_count"`: the sum divided by the number of
         examples that are not ignored. A mean over nothing is 0, with gradient 0.
-      axis_name: not supported yet.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes, major first) that the classes are split over. `logits`,
+        `where`, `class_weights` and probability targets are then this device's share, in the order of the devices;
+        class indices are global. Devices exchange a few numbers per example.
+      batch_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that the examples are split over, to reduce over
+        all of them: the same number on every device.
       return_aux: also return a `jaxce.CrossEntropyAux`.
       implementation: `"xla"` (the default) has a hand-written reverse-mode rule, which itself can be differentiated;
         `"autodiff"` is the same loss in plain JAX, for forward mode (jvp, jacfwd, linearize).
@@ -95,7 +100,6 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
 
     Raises:
       TypeError, ValueError: an argument of the wrong dtype, shape or range; the message says what to do.
-      NotImplementedError: `axis_name` is given.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxce
@@ -124,6 +128,7 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
         logit_softcap=logit_softcap,
         reduction=reduction,
         axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
         return_aux=return_aux,
         implementation=implementation,
     )
@@ -173,6 +178,8 @@ def _checked_loss(logits: Any, targets: Any, axis: Any, where: Any, targets_name
     if where is not None:
         where = checks.where_mask(where, logits.shape, batch, axes)
     constants, amounts = checked_options(by_kind, batch, num_classes, logits.dtype, **options)
+    checks.split_over("logits", logits, constants.axis_name, "classes")
+    checks.split_over("logits", logits, constants.batch_axis_name, "examples")
     return _loss(logits, by_kind, where, amounts, axes=axes, options=constants)
 
 
@@ -188,16 +195,19 @@ def loss_of_logits(
     logits: Array, targets: Targets, where: Array | None, amounts: Amounts, options: Options
 ) -> Array | tuple[Array, CrossEntropyAux]:
     """The loss, from checked arguments with the classes last."""
-    num_classes = logits.shape[-1]
+    axes = options.axis_name
+    start = shard_start(logits.shape[-1], axes)
     participating = class_count(where, logits.shape)
+    if participating is not None:
+        participating = sum_over(participating, axes)
     terms_of: Callable[..., Terms] = softmax_terms
     if options.implementation == "autodiff":
         # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
         terms_of = autodiff.terms
         unused = unused_examples(targets, jnp.max(logits, -1), options, amounts, participating)
         bad = ~jnp.all(jnp.isfinite(jnp.max(logits, -1, keepdims=True) - logits), -1)
+        bad = sum_over(bad.astype(jnp.int32), axes) > 0
         logits = jnp.where((unused & bad)[..., None], jnp.zeros_like(logits), logits)
-    spec = Spec(options.logit_softcap, options.label_smoothing, options.return_aux)
     probs = targets.probs if targets.indices is None else None
     weighted = probs
     if probs is not None and amounts.class_weights is not None:
@@ -208,17 +218,22 @@ def loss_of_logits(
         weighted = probs * jnp.broadcast_to(amounts.class_weights, probs.shape)
         if options.return_aux:
             logits = logits.astype(dtype)
-    logits, weighted, smoothing_weights = vary_alike(logits, weighted, amounts.class_weights)
-    terms = terms_of(spec, logits, targets.indices, weighted, smoothing_weights, where)
+    indices = None if targets.indices is None else targets.indices - start
+    rows = (logits, indices, weighted, amounts.class_weights, where)
+    rows = vary(rows, varying(rows))
+    terms = terms_of(options.spec, *rows)
     unweighted = prediction = None
     if options.return_aux:
         if weighted is not probs:
-            unweighted = terms_of(Spec(options.logit_softcap), logits, None, probs, None, where).target
-        prediction = jnp.argmax(effective(Spec(), logits, where), -1).astype(jnp.int32)
+            bare = options.spec._replace(smoothing=False, entropy=False)
+            unweighted = terms_of(bare, rows[0], None, vary(probs, varying(rows)), None, where).target
+        z = effective(Spec(), logits, where)
+        argmax = jnp.argmax(z, -1).astype(jnp.int32) + start
+        prediction = merge_argmax(jnp.max(z, -1).astype(working_dtype(z.dtype)), argmax, axes)
     return compose(
         terms,
         targets,
-        num_classes,
+        logits.shape[-1] * shard_count(axes),
         amounts,
         options,
         participating=participating,
@@ -241,6 +256,8 @@ def softmax_terms(
 ) -> Terms:
     """The terms of each row of `logits [..., V]`, for targets `indices [..., K]` or `probs [..., V]`.
 
+    With the classes split over devices, all of it is of this device's classes, numbered from 0, and the terms are of
+    all of them.
     Differentiable in logits, probs and smoothing_weights. The residuals are the logits themselves and per-row numbers.
     """
     return _terms_fwd(spec, logits, indices, probs, smoothing_weights, where)[0]
@@ -248,6 +265,7 @@ def softmax_terms(
 
 def _terms_fwd(spec, logits, indices, probs, smoothing_weights, where):
     stats = row_stats(effective(spec, logits, where), spec, indices, probs, smoothing_weights, where)
+    stats = merge_shards(stats, spec.axis_name)
     return finish(stats), Row(logits, indices, probs, smoothing_weights, where, stats)
 
 

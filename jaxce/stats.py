@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxce.sharding import class_numbers, explicitly_sharded
+from jaxce.sharding import AxisNames, class_numbers, explicitly_sharded
 
 # Up to this many target classes per row are found by comparing class numbers, which fuses into the pass over the
 # logits; more of them are found by a gather, whose cost does not grow with K times V.
@@ -69,11 +69,16 @@ class Terms(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """Which terms are wanted, and the soft cap of the logits they are taken of: constants of the compiled program."""
+    """Which terms are wanted, and of what: constants of the compiled program.
+
+    logit_softcap: the soft cap of the logits.
+    axis_name: the mesh axes that the classes are split over.
+    """
 
     logit_softcap: float | None = None
     smoothing: bool = False
     entropy: bool = False
+    axis_name: AxisNames = ()
 
 
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -172,10 +177,48 @@ def merge(a: RowStats, b: RowStats) -> RowStats:
     return merged
 
 
+def merge_shards(stats: RowStats, axes: AxisNames) -> RowStats:
+    """The record of the joint row of the devices along the mesh axes (`argmax` already counted in the joint row).
+
+    What goes between devices is one maximum and one sum of each of the record's numbers.
+    """
+    if not axes:
+        return stats
+    maximum = lax.pmax(lax.stop_gradient(stats.max), axes)
+    leads = stats.max == maximum
+    scale = jnp.where(stats.max == -jnp.inf, 0, jnp.exp(stats.max - maximum))
+    # Of the devices that reach the maximum, each leaves the 1 of its own maximum out, and all but one are put back.
+    parts = RowStats(
+        max=leads.astype(stats.rest.dtype),
+        rest=jnp.where(leads, stats.rest, (1 + stats.rest) * scale),
+        picked=stats.picked,
+        target=None if stats.target is None else _moved(stats.target, stats.max, maximum),
+        smoothing=None if stats.smoothing is None else _moved(stats.smoothing, stats.max, maximum),
+        spread=None if stats.spread is None else _rescaled_spread(stats, maximum),
+    )
+    sums = lax.psum(parts, axes)
+    argmax = None if stats.argmax is None else merge_argmax(stats.max, stats.argmax, axes)
+    return sums._replace(max=maximum, rest=sums.rest + (sums.max - 1), argmax=argmax)
+
+
+def merge_argmax(maximum: Array, argmax: Array, axes: AxisNames) -> Array:
+    """The first class of the joint row that reaches its maximum, for the maximum and its class on each device."""
+    if not axes:
+        return argmax
+    maximum = lax.stop_gradient(maximum)
+    leads = (maximum == lax.pmax(maximum, axes)) | jnp.isnan(maximum)
+    return lax.pmin(jnp.where(leads, argmax, jnp.iinfo(argmax.dtype).max), axes)
+
+
 def _merge_gaps(a: Gap, a_max: Array, b: Gap, b_max: Array) -> Gap:
-    top = _shift(jnp.maximum(a_max, b_max))
-    moved = [gap.sum + times(gap.mass, top - _shift(m)) for gap, m in ((a, a_max), (b, b_max))]
-    return Gap(moved[0] + moved[1], a.mass + b.mass)
+    maximum = jnp.maximum(a_max, b_max)
+    a, b = _moved(a, a_max, maximum), _moved(b, b_max, maximum)
+    return Gap(a.sum + b.sum, a.mass + b.mass)
+
+
+def _moved(gap: Gap, old: Array, new: Array) -> Gap:
+    """The gap below another maximum."""
+    return gap._replace(sum=gap.sum + times(gap.mass, _shift(new) - _shift(old)))
 
 
 def _rescaled_spread(stats: RowStats, maximum: Array) -> Array:
@@ -288,14 +331,16 @@ def _normalizer_jvp(primals, tangents):
 
 
 def pick(logits: Array, indices: Array) -> Array:
-    """The logits `[..., K]` at `indices [..., K]`; an index outside the row gives an arbitrary finite-or-not number."""
+    """The logits `[..., K]` at `indices [..., K]`; 0 for an index outside the row."""
 
     def compare(z: Array, i: Array) -> Array:
         hits = (jnp.where(_is_class(z, i[..., k]), z, jnp.zeros_like(z)) for k in range(i.shape[-1]))
         return jnp.stack([jnp.sum(hit, -1, dtype=z.dtype) for hit in hits], -1)
 
     def gather(z: Array, i: Array) -> Array:
-        return jnp.take_along_axis(z, jnp.clip(i, 0, z.shape[-1] - 1), -1, mode="promise_in_bounds")
+        inside = (i >= 0) & (i < z.shape[-1])
+        found = jnp.take_along_axis(z, jnp.where(inside, i, 0), -1, mode="promise_in_bounds")
+        return jnp.where(inside, found, jnp.zeros_like(found))
 
     if explicitly_sharded(logits, indices):  # a gather would have to be told how its result is sharded
         return compare(logits, indices)

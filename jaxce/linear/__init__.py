@@ -15,7 +15,7 @@ from jaxce import checks
 from jaxce.compose import CrossEntropyAux, Options, applied_weights, checked_options, unused_examples
 from jaxce.linear import blocks, rule
 from jaxce.linear import plan as plans
-from jaxce.linear.tokens import Shared, Tokens, amounts_of, targets_of
+from jaxce.linear.tokens import Shared, Tokens, amounts_of, targets_of, vary_by_kind
 from jaxce.softmax import loss_of_logits
 from jaxce.targets import sort_by_kind
 
@@ -47,7 +47,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
     z_loss: Any = 0.0,
     logit_softcap: float | None = None,
     reduction: str = "none",
-    axis_name: Any = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    batch_axis_name: str | tuple[str, ...] | None = None,
     return_aux: bool = False,
     implementation: str | None = None,
     mode: str | None = None,
@@ -73,7 +74,12 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
       where: bools that broadcast to `[..., V]`: the classes that take part.
       weights, class_weights, label_smoothing, ignore_index, z_loss, logit_softcap, reduction: as in
         `jaxce.softmax_cross_entropy`.
-      axis_name: not supported yet.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes, major first) that the classes are split over. `kernel`,
+        `bias`, `where`, `class_weights` and probability targets are then this device's share, in the order of the
+        devices; hidden states and class indices are whole. Devices exchange a few numbers per token, and the
+        gradient of the hidden states.
+      batch_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that the tokens are split over, to reduce over
+        all of them: the same number on every device.
       return_aux: also return a `jaxce.CrossEntropyAux`.
       implementation: `"autodiff"` is plain JAX for forward mode (jvp, jacfwd, linearize), and does hold the logits.
       mode: `"recompute"` goes through blocks of the vocabulary, twice: once for the loss and once for the gradient,
@@ -91,7 +97,6 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
 
     Raises:
       TypeError, ValueError: an argument of the wrong dtype, shape or range, or a budget too small for any plan.
-      NotImplementedError: `axis_name` is given.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxce
@@ -120,6 +125,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
         logit_softcap=logit_softcap,
         reduction=reduction,
         axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
         return_aux=return_aux,
         implementation=implementation,
         mode=mode,
@@ -203,6 +209,8 @@ def _checked(
         bias = checks.bias(bias, V)
     dtype = blocks.matmul_dtype(hidden, kernel)
     constants, amounts = checked_options(by_kind, tuple(batch), V, dtype, **options)
+    checks.split_over("kernel", kernel, constants.axis_name, "classes")
+    checks.split_over("hidden", hidden, constants.batch_axis_name, "tokens")
     _check_mode(mode, memory_budget, constants)
     problem = plans.Problem(
         math.prod(batch),
@@ -241,6 +249,7 @@ def _loss(
 ) -> Array | tuple[Array, CrossEntropyAux]:
     V = shared.kernel.shape[projection.vocab_axis]
     tokens = tokens._replace(hidden=_without_unused(tokens, shared, options, V, plan.block_v))
+    tokens, shared = vary_by_kind(tokens, shared, options.axis_name)
     if options.implementation == "autodiff":
         z = blocks.logits(tokens.hidden, shared.kernel, shared.bias, projection)
         return loss_of_logits(z, targets_of(tokens), tokens.where, amounts_of(tokens, shared), options)
@@ -264,7 +273,7 @@ def _without_unused(tokens: Tokens, shared: Shared, options: Options, V: int, bl
         and shared.class_weights is None
     ):
         return hidden
-    classes = blocks.participating(tokens.where, (*hidden.shape[:-1], V), block_v)
+    classes = blocks.participating(tokens.where, (*hidden.shape[:-1], V), block_v, options.axis_name)
     given = targets_of(tokens), jnp.sum(hidden, -1), options, amounts_of(tokens, shared), classes
     unused = unused_examples(*given)
     if not (options.label_smoothing or options.z_loss or options.return_aux):  # which a class of weight 0 does not stop

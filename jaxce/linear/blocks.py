@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxce.layout import class_count
+from jaxce.sharding import AxisNames, sum_over, vary, varying
 from jaxce.stats import working_dtype
 
 State = TypeVar("State")
@@ -59,15 +60,18 @@ def gather_classes(kernel: Array, start: Any, size: int, vocab_axis: int) -> Arr
     return lax.gather(kernel, corners, halves, (D // 2, size), mode=mode).reshape(D, size)
 
 
-def participating(where: Array | None, shape: tuple[int, ...], block_v: int) -> Array | None:
-    """`class_count`, a block of the classes at a time: a mask `[..., V]` is not written out as numbers."""
-    if where is None or math.prod(where.shape[:-1]) == 1:
-        return class_count(where, shape)
+def participating(where: Array | None, shape: tuple[int, ...], block_v: int, axis_name: AxisNames = ()) -> Array | None:
+    """`class_count` on all devices together: of a mask `[..., V]`, which is not written out as numbers, in blocks."""
+    if where is None:
+        return None
+    if math.prod(where.shape[:-1]) == 1:
+        return sum_over(class_count(where, shape), axis_name)
 
     def block(start: Any, size: int, count: Array) -> Array:
         return count + class_count(take(where, start, size, -1), (*shape[:-1], size))
 
-    return over_blocks(shape[-1], block_v, block, jnp.zeros(shape[:-1], jnp.int32))
+    count = vary(jnp.zeros(shape[:-1], jnp.int32), varying(where))
+    return sum_over(over_blocks(shape[-1], block_v, block, count), axis_name)
 
 
 def matmul_dtype(hidden: Array, kernel: Array) -> jnp.dtype:

@@ -13,8 +13,9 @@ from jax import Array
 from jaxce.compose import CrossEntropyAux, Options, applied_weights, average, compose, counted_examples
 from jaxce.linear import store, vocabulary
 from jaxce.linear.blocks import Projection, participating
-from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, spec_of, targets_of, without_class_weights
+from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, targets_of, without_class_weights
 from jaxce.linear.vocabulary import Inputs
+from jaxce.sharding import shard_count, vary, varying
 from jaxce.stats import Spec, Terms, finish
 
 # --- recompute ------------------------------------------------------------------------------------------------------
@@ -43,19 +44,20 @@ def recomputed_loss(
     projection: Projection, block_v: int, options: Options, tokens: Tokens, shared: Shared
 ) -> Array | tuple[Array, CrossEntropyAux]:
     """The loss of tokens `[..., D]`: each block of logits is computed for the loss, and again for the gradient."""
-    inputs = inputs_of(tokens, shared, options)
-    terms, prediction = linear_terms(projection, block_v, spec_of(options), inputs)
+    inputs = inputs_of(tokens, shared, projection, options)
+    terms, prediction = linear_terms(projection, block_v, options.spec, inputs)
     unweighted = None
     if (without := without_class_weights(inputs, options)) is not None:
-        unweighted = linear_terms(projection, block_v, Spec(options.logit_softcap), without)[0].target
-    num_classes = shared.kernel.shape[projection.vocab_axis]
+        bare = options.spec._replace(smoothing=False, entropy=False)
+        unweighted = linear_terms(projection, block_v, bare, without)[0].target
+    shape = (*tokens.hidden.shape[:-1], shared.kernel.shape[projection.vocab_axis])
     return compose(
         terms,
         targets_of(tokens),
-        num_classes,
+        shape[-1] * shard_count(options.axis_name),
         amounts_of(tokens, shared),
         options,
-        participating=participating(tokens.where, (*tokens.hidden.shape[:-1], num_classes), block_v),
+        participating=participating(tokens.where, shape, block_v, options.axis_name),
         unweighted=unweighted,
         prediction=prediction,
     )
@@ -68,14 +70,15 @@ def stored_loss(
     projection: Projection, block_n: int, block_v: int, options: Options, tokens: Tokens, shared: Shared
 ) -> Array | tuple[Array, CrossEntropyAux]:
     """The loss of tokens `[N, D]`, one number: its gradients are computed along with it."""
-    sums = dataclasses.replace(options, reduction="sum")
+    sums = dataclasses.replace(options, reduction="sum", batch_axis_name=())
     total, aux = _summed_loss(projection, block_n, block_v, sums, tokens, shared)
     targets, amounts = targets_of(tokens), amounts_of(tokens, shared)
-    rows = jnp.zeros(tokens.hidden.shape[:1], total.dtype)
-    classes = participating(tokens.where, (rows.size, shared.kernel.shape[projection.vocab_axis]), block_v)
+    rows = vary(jnp.zeros(tokens.hidden.shape[:1], total.dtype), varying(total))
+    shape = (rows.size, shared.kernel.shape[projection.vocab_axis])
+    classes = participating(tokens.where, shape, block_v, options.axis_name)
     weight = applied_weights(targets, rows, options, amounts, classes)
     counted = counted_examples(targets, rows, options, classes)
-    loss = average(total, weight, counted, options.reduction)
+    loss = average(total, weight, counted, options)
     return (loss, aux) if options.return_aux else loss
 
 
@@ -123,7 +126,7 @@ def _used(ct: Any) -> bool:
 
 
 def _materialised(ct: Any) -> Array:
-    return jnp.zeros(ct.shape, ct.dtype) if _is_symbolic(ct) else ct
+    return vary(jnp.zeros(ct.shape, ct.dtype), ct.aval.mat.varying) if _is_symbolic(ct) else ct
 
 
 _summed_loss.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)

@@ -16,8 +16,9 @@ from jax import Array, lax
 from jaxce.compose import Amounts, CrossEntropyAux, Options, compose, unused_examples
 from jaxce.linear import vocabulary
 from jaxce.linear.blocks import Projection, matmul_dtype, over_blocks, participating, put, take
-from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, spec_of, targets_of, without_class_weights
-from jaxce.stats import Spec, Terms, finish, working_dtype
+from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, row_axes, targets_of, without_class_weights
+from jaxce.sharding import shard_count, vary
+from jaxce.stats import Terms, finish, working_dtype
 from jaxce.targets import Targets
 
 
@@ -35,7 +36,7 @@ def forward(
     n = tokens.hidden.shape[0]
     dtype = working_dtype(matmul_dtype(tokens.hidden, shared.kernel))
     if 0 < n <= block_n and shared.kernel.dtype != jnp.float16:  # nothing to add up
-        nothing = Shared(None, None, *(None if x is None else jnp.zeros(x.shape, dtype) for x in shared[2:]))
+        nothing = Shared(None, None, *(None if x is None else jnp.zeros_like(x, dtype) for x in shared[2:]))
         return _block(projection, block_v, options, tokens, shared, nothing)
     count, order = n, None
     if block_n < n and not options.return_aux:  # which says something of unused tokens too
@@ -58,12 +59,12 @@ def forward(
 
         return add(state) if order is None else lax.cond(start < count, add, lambda state: state, state)
 
-    rows = jnp.zeros((n,), dtype)
+    total, rows = vary((jnp.zeros((), dtype), jnp.zeros((n,), dtype)), row_axes(tokens, shared, options.axis_name))
     state = _State(
-        jnp.zeros((), dtype),
+        total,
         CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), rows) if options.return_aux else None,
-        jax.tree.map(lambda x: jnp.zeros(x.shape, _kept_in(x)), tokens._replace(indices=None, where=None)),
-        jax.tree.map(lambda x: jnp.zeros(x.shape, working_dtype(x.dtype)), shared),
+        jax.tree.map(lambda x: jnp.zeros_like(x, _kept_in(x)), tokens._replace(indices=None, where=None)),
+        jax.tree.map(lambda x: jnp.zeros_like(x, working_dtype(x.dtype)), shared),
     )
     if n:
         state = over_blocks(n, block_n, block, state)
@@ -85,7 +86,7 @@ def _used_first(
     if heavy or (options.ignore_index is None and tokens.weights is None):
         return tokens, tokens.hidden.shape[0], None
     shape = (tokens.hidden.shape[0], shared.kernel.shape[projection.vocab_axis])
-    classes = participating(tokens.where, shape, block_v)
+    classes = participating(tokens.where, shape, block_v, options.axis_name)
     like = jnp.sum(tokens.hidden, -1)
     unused = unused_examples(targets_of(tokens), like, options, amounts_of(tokens, shared), classes)
     order = jnp.argsort(unused, stable=True)
@@ -100,21 +101,22 @@ def _block(
 
     Without a kernel in `sums`, the gradients of kernel and bias are written as they are.
     """
-    spec, inputs = spec_of(options), inputs_of(tokens, shared, options)
+    spec, inputs = options.spec, inputs_of(tokens, shared, projection, options)
     stats, kept = vocabulary.forward(projection, block_v, spec, inputs, keep=True)
     unweighted = None
     if (without := without_class_weights(inputs, options)) is not None:
-        unweighted = vocabulary.forward(projection, block_v, Spec(options.logit_softcap), without, kept=kept)[0]
-    num_classes = shared.kernel.shape[projection.vocab_axis]
+        bare = spec._replace(smoothing=False, entropy=False)
+        unweighted = vocabulary.forward(projection, block_v, bare, without, kept=kept)[0]
+    shape = (tokens.hidden.shape[0], shared.kernel.shape[projection.vocab_axis])
 
     def loss(terms: Terms, probs: Array | None, amounts: Amounts) -> tuple[Array, CrossEntropyAux | None]:
         result = compose(
             terms,
             Targets(tokens.indices, probs),
-            num_classes,
+            shape[-1] * shard_count(options.axis_name),
             amounts,
             options,
-            participating=participating(tokens.where, (tokens.hidden.shape[0], num_classes), block_v),
+            participating=participating(tokens.where, shape, block_v, options.axis_name),
             unweighted=None if unweighted is None else finish(unweighted).target,
             prediction=stats.argmax,
         )

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from jax import Array
 
 from jaxce.compose import Amounts, Options
+from jaxce.linear.blocks import Projection
 from jaxce.linear.vocabulary import Inputs
-from jaxce.stats import Spec
+from jaxce.sharding import AxisNames, shard_start, vary, varying
 from jaxce.targets import Targets
 
 
@@ -40,17 +41,38 @@ def amounts_of(tokens: Tokens, shared: Shared) -> Amounts:
     return Amounts(tokens.weights, shared.class_weights, shared.label_smoothing, shared.z_loss)
 
 
-def spec_of(options: Options) -> Spec:
-    return Spec(options.logit_softcap, options.label_smoothing, options.return_aux)
+def row_axes(tokens: Tokens, shared: Shared, axis_name: AxisNames) -> frozenset[str]:
+    """The mesh axes along which the numbers of a row differ, once they are merged over those of the classes."""
+    every = varying(tokens, shared) - set(axis_name)
+    probs = tokens.probs if tokens.indices is not None else None
+    return every | varying(tokens.indices, probs, tokens.weights, shared.label_smoothing, shared.z_loss)
 
 
-def inputs_of(tokens: Tokens, shared: Shared, options: Options) -> Inputs:
+def vary_by_kind(tokens: Tokens, shared: Shared, axis_name: AxisNames) -> tuple[Tokens, Shared]:
+    """What has a class axis differs along every mesh axis in play, and the rest along those of the rows."""
+    rows = row_axes(tokens, shared, axis_name)
+    classes = rows | set(axis_name)
+    hidden, indices, probs, weights, where = tokens
+    return (
+        Tokens(
+            vary(hidden, rows),
+            vary(indices, rows),
+            vary(probs, classes if indices is None else rows),
+            vary(weights, rows),
+            vary(where, classes),
+        ),
+        Shared(*vary(shared[:3], classes), *vary(shared[3:], rows)),
+    )
+
+
+def inputs_of(tokens: Tokens, shared: Shared, projection: Projection, options: Options) -> Inputs:
     dense = tokens.indices is None
+    start = shard_start(shared.kernel.shape[projection.vocab_axis], options.axis_name)
     return Inputs(
         tokens.hidden,
         shared.kernel,
         shared.bias,
-        tokens.indices,
+        None if dense else tokens.indices - start,
         tokens.probs if dense else None,
         shared.class_weights if dense else None,
         shared.class_weights if options.label_smoothing else None,

@@ -13,13 +13,15 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxce.gradient import Row, effective, gradient
 from jaxce.linear.blocks import Projection, gather_classes, gradients, logits, matmul_dtype, over_blocks, put, take
-from jaxce.stats import Gap, RowStats, Spec, Terms, merge, row_stats, working_dtype
+from jaxce.sharding import shard_start, sum_over, vary, varying
+from jaxce.stats import Gap, RowStats, Spec, Terms, merge, merge_shards, row_stats, working_dtype
 
 
 class Inputs(NamedTuple):
     """What the terms of the rows depend on; all but `hidden` and `indices` have a class axis.
 
-    `target_weights` and `smoothing_weights` are the class weights of probability targets and of smoothing.
+    `target_weights` and `smoothing_weights` are the class weights of probability targets and of smoothing. With the
+    classes split over devices, all of it is of this device's classes, numbered from 0.
     """
 
     hidden: Array
@@ -48,17 +50,17 @@ def forward(
             all_logits = put(all_logits, z, start, -1)
         z = effective(spec, z, x.where)
         stats = row_stats(z, spec, x.indices, _weighted(x), x.smoothing_weights, x.where)
-        if x.indices is not None:
-            inside = (x.indices >= 0) & (x.indices < size)
-            stats = stats._replace(picked=jnp.where(inside, stats.picked, jnp.zeros_like(stats.picked)))
         if spec.entropy:
-            stats = stats._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + jnp.asarray(start, jnp.int32))
+            stats = stats._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + jnp.asarray(first + start, jnp.int32))
         return merge(before, stats), all_logits
 
     V = inputs.kernel.shape[projection.vocab_axis]
+    first = shard_start(V, spec.axis_name)
     nothing = _no_classes(spec, inputs)
-    all_logits = lax.empty((*nothing.max.shape, V), nothing.max.dtype) if keep else kept
-    return over_blocks(V, block_v, block, (nothing, all_logits))
+    if keep:
+        kept = lax.empty((*nothing.max.shape, V), nothing.max.dtype)
+    stats, kept = over_blocks(V, block_v, block, vary((nothing, kept), varying(inputs)))
+    return merge_shards(stats, spec.axis_name), kept
 
 
 def backward(
@@ -106,11 +108,14 @@ def backward(
     if sums is not None:
         grads = grads._replace(**{name: getattr(sums, name) for name in _SHARED})
     dhidden = jnp.zeros(inputs.hidden.shape, working_dtype(matmul_dtype(inputs.hidden, inputs.kernel)))
+    grads, dhidden = vary((grads, dhidden), varying(inputs))
     if not projection.retiles:  # tie it to the forward pass, or it takes up on-chip memory meanwhile
         dhidden, stats = lax.optimization_barrier((dhidden, stats))
     grads = grads._replace(hidden=dhidden, indices=None, where=None)
     grads = over_blocks(inputs.kernel.shape[projection.vocab_axis], block_v, block, grads)
-    return grads._replace(hidden=grads.hidden.astype(inputs.hidden.dtype))
+    # Of hidden states that devices share, each has the gradient from its own classes.
+    dhidden = sum_over(grads.hidden, tuple(sorted(varying(grads.hidden) - varying(inputs.hidden))))
+    return grads._replace(hidden=dhidden.astype(inputs.hidden.dtype))
 
 
 def _class_axes(projection: Projection) -> tuple[int | None, ...]:
