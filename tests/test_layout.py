@@ -37,6 +37,7 @@ ORDER = [
     "jaxce.linear.store",
     "jaxce.linear.rule",
     "jaxce.linear.plan",
+    "jaxce.linear.mesh",
     "jaxce.linear",
     "jaxce.probs",
     "jaxce",

@@ -13,9 +13,10 @@ from jax import Array
 
 from jaxce import checks
 from jaxce.compose import CrossEntropyAux, Options, applied_weights, checked_options, unused_examples
-from jaxce.linear import blocks, rule
+from jaxce.linear import blocks, mesh, rule
 from jaxce.linear import plan as plans
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, targets_of, vary_by_kind
+from jaxce.sharding import explicitly_sharded
 from jaxce.softmax import loss_of_logits
 from jaxce.targets import sort_by_kind
 
@@ -110,28 +111,33 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
       Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024; Hsu et al., "Liger Kernel", 2024,
       section 3.2, for gradients computed along with the loss.
     """
-    tokens, shared, options, projection, plan = _checked(
-        hidden,
-        kernel,
-        targets,
-        bias=bias,
-        vocab_axis=vocab_axis,
-        where=where,
-        weights=weights,
-        class_weights=class_weights,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        z_loss=z_loss,
-        logit_softcap=logit_softcap,
-        reduction=reduction,
-        axis_name=axis_name,
-        batch_axis_name=batch_axis_name,
-        return_aux=return_aux,
-        implementation=implementation,
-        mode=mode,
-        memory_budget=memory_budget,
-        precision=precision,
-    )
+    arguments = {
+        "hidden": hidden,
+        "kernel": kernel,
+        "targets": targets,
+        "bias": bias,
+        "vocab_axis": vocab_axis,
+        "where": where,
+        "weights": weights,
+        "class_weights": class_weights,
+        "label_smoothing": label_smoothing,
+        "ignore_index": ignore_index,
+        "z_loss": z_loss,
+        "logit_softcap": logit_softcap,
+        "reduction": reduction,
+        "axis_name": axis_name,
+        "batch_axis_name": batch_axis_name,
+        "return_aux": return_aux,
+        "implementation": implementation,
+        "mode": mode,
+        "memory_budget": memory_budget,
+        "precision": precision,
+    }
+    split = explicitly_sharded(*(x for x in (hidden, kernel) if isinstance(x, jax.Array)))
+    if split and axis_name is None and batch_axis_name is None:
+        _checked(**arguments | {"memory_budget": None})  # a budget is for each device
+        return mesh.over_mesh(linear_cross_entropy, arguments)
+    tokens, shared, options, projection, plan = _checked(**arguments)
     return _loss(tokens, shared, options=options, projection=projection, plan=plan)
 
 

@@ -1,0 +1,85 @@
+"""The linear loss of arrays that carry their sharding in their type: the same loss inside a `shard_map`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from jaxce import checks
+from jaxce.compose import CrossEntropyAux
+from jaxce.targets import SparseTargets
+
+
+def over_mesh(loss: Callable[..., Any], arguments: dict[str, Any]) -> Array | tuple[Array, CrossEntropyAux]:
+    """`loss(**arguments)`, with the tokens split as `hidden` is and the classes as `kernel` is.
+
+    What belongs to tokens or classes is brought to the same sharding; these are small beside the two.
+    """
+    hidden, kernel = arguments["hidden"], arguments["kernel"]
+    vocab_axis = arguments["vocab_axis"] % 2
+    *tokens, hidden_features = _spec(hidden)
+    classes, kernel_features = (_spec(kernel)[i] for i in (vocab_axis, 1 - vocab_axis))
+    for name, x, features in ("hidden", hidden, hidden_features), ("kernel", kernel, kernel_features):
+        if features is not None:
+            hint = "Gather them first, with jax.sharding.reshard; only tokens and classes may be split."
+            checks.fail(ValueError, name, "features that are not split over devices", str(_spec(x)), hint)
+    token_axes, class_axes = _names(tokens), _names([classes])
+    if shared := set(token_axes) & set(class_axes):
+        hint = "Use another mesh axis for one of them, or gather one with jax.sharding.reshard."
+        expected = f"classes that are not split over the axes of the tokens, {token_axes}"
+        checks.fail(ValueError, "kernel", expected, ", ".join(map(repr, sorted(shared))), hint)
+
+    *batch, _ = hidden.shape
+    full = (*batch, kernel.shape[vocab_axis])
+    if arguments["where"] is not None:
+        arguments["where"] = checks.where_mask(arguments["where"], full, tuple(batch), (len(batch),))
+
+    def place(x: Any, spec: Sequence[Any]) -> Array:
+        """`x`, sharded by `spec`, which is of the shape that its own broadcasts to."""
+        x = jnp.asarray(x)
+        own = spec[len(spec) - x.ndim :]
+        return jax.sharding.reshard(x, P(*(None if n == 1 else s for n, s in zip(x.shape, own, strict=True))))
+
+    def place_targets(x: Any) -> Any:
+        if isinstance(x, SparseTargets):
+            return jax.tree.map(lambda x: place(x, (*tokens, None)), x)
+        return place(x, tokens if checks.is_integers(x) else (*tokens, classes))
+
+    arrays = {"hidden": hidden, "kernel": kernel, "targets": place_targets(arguments["targets"])}
+    for name, spec in {
+        "where": (*tokens, classes),
+        "weights": tuple(tokens),
+        "bias": (classes,),
+        "class_weights": (classes,),
+        "label_smoothing": (),
+        "z_loss": (),
+    }.items():
+        if isinstance(arguments[name], jax.Array) or (spec and arguments[name] is not None):
+            arrays[name] = place(arguments[name], spec)
+    constants = {name: x for name, x in arguments.items() if name not in arrays}
+    constants["axis_name"] = class_axes or None
+    if arguments["reduction"] != "none":
+        constants["batch_axis_name"] = token_axes or None
+    out_specs: Any = P(*tokens) if arguments["reduction"] == "none" else P()
+    if arguments["return_aux"]:
+        out_specs = (out_specs, P(*tokens))
+    mapped = jax.shard_map(
+        lambda arrays: loss(**arrays, **constants), in_specs=(jax.tree.map(_spec, arrays),), out_specs=out_specs
+    )
+    return mapped(arrays)
+
+
+def _spec(x: Array) -> P:
+    """The sharding of every axis of `x`."""
+    spec = jax.typeof(x).sharding.spec
+    return P(*spec, *[None] * (x.ndim - len(spec)))
+
+
+def _names(entries: Sequence[Any]) -> tuple[str, ...]:
+    """The mesh axes that any of the axes is split over."""
+    return tuple(n for entry in entries if entry is not None for n in (entry if isinstance(entry, tuple) else (entry,)))
