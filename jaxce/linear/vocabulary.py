@@ -57,10 +57,9 @@ def forward(
     V = inputs.kernel.shape[projection.vocab_axis]
     first = shard_start(V, spec.axis_name)
     nothing = _no_classes(spec, inputs)
-    if keep:
-        kept = lax.empty((*nothing.max.shape, V), nothing.max.dtype)
-    stats, kept = over_blocks(V, block_v, block, vary((nothing, kept), varying(inputs)))
-    return merge_shards(stats, spec.axis_name), kept
+    all_logits = lax.empty((*nothing.max.shape, V), nothing.max.dtype) if keep else kept
+    stats, all_logits = over_blocks(V, block_v, block, vary((nothing, all_logits), varying(inputs)))
+    return merge_shards(stats, spec.axis_name), all_logits
 
 
 def backward(
