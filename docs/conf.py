@@ -28,6 +28,7 @@ html_css_files = ["wide.css"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say which shapes and dtypes
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
