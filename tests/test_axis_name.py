@@ -1,0 +1,486 @@
+"""Classes split over devices inside shard_map: the loss of one device, from a few numbers per row between them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxce
+from jaxce import SparseTargets, linear_cross_entropy, softmax_cross_entropy
+from tests import oracle
+from tests.test_linear import (
+    MODES,
+    assert_near_the_oracle,
+    blocks,
+    floats,
+    fused,
+    joined,
+    random_cotangents,
+)
+from tests.test_linear import arguments as linear_arguments
+from tests.test_sharding import collective_sizes
+
+EPS = float(np.finfo(np.float32).eps)
+TINY = float(np.finfo(np.float32).tiny)  # what is smaller may be flushed to 0
+KINDS = ["index", "probs", "sparse"]
+SHARDS = [1, 2, 4, 8]
+N, V = 12, 24
+OUTPUTS = ("loss", "nll", "log_normalizer", "entropy")
+
+
+def mesh_of(*shape: int, names: tuple[str, ...] = ("v",), kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=devices)
+
+
+def specs(kind: str, rows: Any = None, classes: Any = "v", vocab_axis: int = 1) -> dict[str, Any]:
+    """How each argument is split, if tokens are split over `rows` and classes over `classes`."""
+    return {
+        "logits": P(rows, classes),
+        "targets": P(rows, classes) if kind == "probs" else P(rows),
+        "targets.probs": P(rows),
+        "where": P(rows, classes),
+        "weights": P(rows),
+        "class_weights": P(classes),
+        "label_smoothing": P(),
+        "z_loss": P(),
+        "hidden": P(rows),
+        "kernel": P(None, classes) if vocab_axis else P(classes, None),
+        "bias": P(classes),
+    }
+
+
+def outputs(f, parts, arguments, **options) -> list[jax.Array]:
+    out = f(joined(parts, arguments), **options)
+    loss, aux = out if isinstance(out, tuple) else (out, None)
+    return [loss] + ([] if aux is None else [aux.nll, aux.log_normalizer, aux.entropy])
+
+
+def pull_back(f, mesh, split, **options):
+    """A function that gives outputs and gradients of all floats, for cotangents that are the same on all devices."""
+
+    def local(parts, arguments, cotangents):
+        outs, pull = jax.vjp(lambda parts: outputs(f, parts, arguments, **options), parts)
+        return outs, pull(list(cotangents))[0]
+
+    def run(arguments, cotangents):
+        parts = {name: x for name, x in floats(arguments).items() if name != "where"}
+        rest = {name: x for name, x in arguments.items() if name not in parts}
+        inside = {name: split[name] for name in parts}, {name: split[name] for name in rest}, P()
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=inside, out_specs=(P(), inside[0]), check_vma=True)
+        return jax.jit(mapped)(parts, rest, cotangents)
+
+    return run
+
+
+def dense(arguments: dict[str, Any], **options: Any):
+    rest = dict(arguments)
+    return softmax_cross_entropy(rest.pop("logits"), rest.pop("targets"), **rest, **options)
+
+
+def make_arguments(rng, kind: str) -> dict[str, Any]:
+    indices = np.stack([np.arange(N) * 2, rng.integers(0, V, N), rng.integers(0, V, N)], -1).astype(np.int32)
+    return {
+        "logits": rng.normal(size=(N, V)).astype(np.float32),
+        "targets": {
+            "index": indices[:, 0],  # two classes apart: on every shard
+            "probs": rng.dirichlet(np.ones(V), N).astype(np.float32),
+            "sparse": SparseTargets(indices, rng.dirichlet(np.ones(3), N).astype(np.float32)),
+        }[kind],
+        "weights": rng.uniform(0.5, 2, N).astype(np.float32),
+        "class_weights": rng.uniform(0.5, 2, V).astype(np.float32),
+        "label_smoothing": np.float32(0.1),
+        "z_loss": np.float32(0.01),
+    }
+
+
+def problem_of(args: dict[str, Any]) -> oracle.Problem:
+    t = args["targets"]
+    if isinstance(t, SparseTargets):
+        t = oracle.dense(t.indices, t.probs, V)
+    elif t.ndim == 1:
+        t = oracle.one_hot(t, V)
+    rest = {name: x for name, x in args.items() if name not in ("logits", "targets")}
+    return oracle.Problem(args["logits"], t, **rest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shards", "implementation"), [*((k, None) for k in SHARDS), (4, "autodiff")])
+def test_as_exact_as_on_one_device(rng, shards, kind, implementation):
+    """Each output and gradient within the bounds that hold on one device, for logits of every size, and for ties."""
+    args = make_arguments(rng, kind)
+    z = args["logits"]
+    run = pull_back(dense, mesh_of(shards), specs(kind), axis_name="v", return_aux=True, implementation=implementation)
+    cotangents = list(rng.normal(size=(4, N)).astype(np.float32))
+    for name, logits in {"x1": z, "x1000": 1000 * z, "ties": np.round(z), "all tied": 0 * z}.items():
+        case = args | {"logits": logits.astype(np.float32)}
+        outs, grads = run(case, cotangents)
+        problem = problem_of(case)
+        below = problem.softmax.below
+        # A class that stands alone at the top: the rounding of the distance of the next is magnified by exp.
+        alone = np.sort(below, -1)[:, 1]
+        for what, out, exact in zip(OUTPUTS, outs, problem.losses(), strict=True):
+            bound = (16 + alone) * EPS * exact.size + 4 * TINY
+            if implementation == "autodiff":
+                bound += 16 * EPS * (problem.losses().entropy.size if what == "entropy" else 0)
+            oracle.assert_within(out, exact.value, bound, f"{what}, {name}")
+        exact = problem.gradients(oracle.Cotangents(*cotangents))
+        value, size = exact.logits
+        if implementation == "autodiff":  # which leaves terms of the entropy's gradient to cancel
+            size = size + abs(cotangents[3])[:, None] * problem.softmax.p * (2 + 2 * problem.softmax.log_sum[:, None])
+        scale = 4 * TINY * (1 + np.abs(below).max())
+        oracle.assert_within(grads["logits"], value, (16 + below) * EPS * size + scale, f"logits, {name}")
+        for what in ("weights", "class_weights", "label_smoothing", "z_loss"):
+            value, size = getattr(exact, what)
+            oracle.assert_within(grads[what], value, (16 + alone.max()) * EPS * size + scale, f"{what}, {name}")
+        if kind == "probs":
+            value, size = exact.targets
+            oracle.assert_within(grads["targets"], value, 16 * EPS * size + scale, f"targets, {name}")
+
+
+@pytest.mark.parametrize("shards", SHARDS)
+def test_classes_without_probability(rng, shards):
+    """A shard of nothing but −inf, and rows that must be NaN, +inf or 0 whatever the devices hold."""
+    args = {"logits": make_arguments(rng, "index")["logits"], "targets": np.arange(N, dtype=np.int32) % (V // 8)}
+    args["logits"][:, -V // 2 :] = -np.inf  # with eight shards, four of them
+    problem = problem_of(args)
+    run = pull_back(dense, mesh_of(shards), specs("index"), axis_name="v", return_aux=True)
+    cotangents = list(rng.normal(size=(4, N)).astype(np.float32))
+    outs, grads = run(args, cotangents)
+    with np.errstate(invalid="ignore"):  # in the oracle's gradients of what is not asked for
+        losses, exact_gradients = problem.losses(), problem.gradients(oracle.Cotangents(*cotangents))
+    for out, exact in zip(outs, losses, strict=True):
+        oracle.assert_within(out, exact.value, 16 * EPS * exact.size)
+    value, size = exact_gradients.logits
+    finite = np.isfinite(args["logits"])
+    np.testing.assert_array_equal(np.asarray(grads["logits"])[~finite], 0)
+    bound = np.where(finite, (16 + np.where(finite, problem.softmax.below, 0)) * EPS * size, 0)
+    oracle.assert_within(grads["logits"], np.where(finite, value, 0), bound)
+
+    args["logits"][0] = -np.inf
+    args["logits"][1, V - 1] = np.nan
+    args["logits"][2, 0] = np.inf
+    args["targets"] = args["targets"].copy()
+    args["targets"][3:6] = -1, V, V - 1
+    outs, grads = run(args, [np.ones(N, np.float32), *(np.zeros((3, N), np.float32))])
+    np.testing.assert_array_equal(np.isnan(outs[0][:6]), [True] * 5 + [False])
+    assert outs[0][5] == np.inf
+    assert np.all(np.isfinite(outs[0][6:]))
+    assert np.all(np.isnan(grads["logits"][:5]))
+    assert np.all(np.isfinite(np.asarray(grads["logits"][6:])))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "mean_count"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_counts(rng, kind, reduction):
+    """All examples ignored, or of weight 0, and full of NaN: loss 0 and gradients 0 on every device."""
+    args = make_arguments(rng, kind) | {"logits": np.full((N, V), np.nan, np.float32)}
+    options: dict[str, Any] = {"axis_name": "v", "reduction": reduction}
+    if kind == "probs":
+        args["weights"] = np.zeros(N, np.float32)
+    else:
+        args["targets"] = jax.tree.map(lambda x: x if x.dtype == np.float32 else np.full_like(x, -100), args["targets"])
+        options["ignore_index"] = -100
+    outs, grads = pull_back(dense, mesh_of(4), specs(kind), **options)(args, [np.float32(1)])
+    assert outs[0] == 0
+    for name in set(grads) - ({"weights"} if kind == "probs" else set()):
+        np.testing.assert_array_equal(grads[name], 0, err_msg=name)
+
+
+def test_prediction_is_the_first_of_equals(rng):
+    z = np.round(2 * rng.normal(size=(40, V))).astype(np.float32)
+    labels = np.zeros(40, np.int32)
+
+    def predict(z, labels):
+        return softmax_cross_entropy(z, labels, axis_name="v", return_aux=True)[1].prediction
+
+    for shards in SHARDS:
+        mapped = jax.shard_map(predict, mesh=mesh_of(shards), in_specs=(P(None, "v"), P()), out_specs=P())
+        np.testing.assert_array_equal(jax.jit(mapped)(z, labels), np.argmax(z, -1))
+
+
+# --- the linear loss ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("shards", "vocab_axis"), [(1, 1), (2, 0), (4, 1), (8, 0)])
+def test_linear_loss(rng, shards, vocab_axis, kind, mode):
+    """29 classes, which no number of devices divides: the padding is out of the mask, and holds anything."""
+    args = linear_arguments(rng, kind)
+    (n, v), padding = (len(args["hidden"]), args["kernel"].shape[1]), 32 - args["kernel"].shape[1]
+    padded = dict(args)
+    for name in ("kernel", "bias", "class_weights") + (("targets",) if kind == "probs" else ()):
+        fill = 0 if name == "targets" else 1e3  # a target there would make the loss infinite
+        width = [(0, 0)] * (np.ndim(args[name]) - 1) + [(0, padding)]
+        padded[name] = np.pad(np.asarray(args[name]), width, constant_values=fill)
+    padded["where"] = np.broadcast_to(np.arange(32) < v, (n, 32))
+    reduction = "none" if mode == "recompute" else "sum"
+    cotangents = random_cotangents(rng, reduction)
+    options = {"axis_name": "v", "reduction": reduction, "return_aux": True, "vocab_axis": vocab_axis}
+
+    def loss(arguments, **options):
+        return linear_cross_entropy(**arguments, **options)
+
+    given = padded | {"kernel": padded["kernel"].T if vocab_axis == 0 else padded["kernel"]}
+    with blocks(mode, 4, 3):
+        run = pull_back(loss, mesh_of(shards), specs(kind, vocab_axis=vocab_axis), **options)
+        outs, grads = run(given, cotangents)
+    grads = {name: np.asarray(g) for name, g in grads.items()}
+    if vocab_axis == 0:
+        grads["kernel"] = grads["kernel"].T
+    np.testing.assert_array_equal(grads["kernel"][:, v:], 0)
+    grads |= {"kernel": grads["kernel"][:, :v], "bias": grads["bias"][:v], "class_weights": grads["class_weights"][:v]}
+    per_row = [np.broadcast_to(c, (n,)) for c in cotangents]
+    wanted, relative = assert_near_the_oracle(args, per_row, outs, grads)
+    for name in ("weights", "class_weights", "label_smoothing", "z_loss"):
+        value, size = getattr(wanted, name)
+        oracle.assert_within(grads[name], value, relative * (size + np.abs(per_row[0]).sum() * 8), name)
+
+
+def test_the_gradient_of_narrow_hidden_states_is_summed_before_it_is_rounded(rng):
+    """Over eight devices, bfloat16 sums would be off by several of its ulps."""
+    n, d, v = 16, 24, 512
+    h, k = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((n, d), (d, v)))
+    labels = rng.integers(0, v, n).astype(np.int32)
+
+    def loss(h, k, labels, **options):
+        return linear_cross_entropy(h, k, labels, reduction="sum", mode="recompute", **options)
+
+    mapped = jax.shard_map(
+        jax.grad(functools.partial(loss, axis_name="v")),
+        mesh=mesh_of(8),
+        in_specs=(P(), P(None, "v"), P()),
+        out_specs=P(),
+    )
+    got = np.asarray(jax.jit(mapped)(h, k, labels), np.float64)
+    exact = oracle.Problem(np.asarray(h, np.float64) @ np.asarray(k, np.float64), oracle.one_hot(labels, v)).gradients(
+        oracle.Cotangents(np.ones(n))
+    )
+    dz, kernel = exact.logits.value, np.asarray(k, np.float64)
+    # dz is rounded to bfloat16 for the matmul, within 2^-9 relatively, and so is the result.
+    bound = 2.0**-8 * (np.abs(dz) @ np.abs(kernel.T)) + oracle.half_ulp(dz @ kernel.T, jnp.bfloat16)
+    one_device = np.asarray(jax.jit(jax.grad(loss))(h, k, labels), np.float64)
+    oracle.assert_within(got, dz @ kernel.T, bound)
+    assert np.abs(got - dz @ kernel.T).mean() <= 1.2 * np.abs(one_device - dz @ kernel.T).mean()
+
+
+def test_hidden_states_that_were_gathered(rng):
+    """What all_gather returns differs by its type, though not in value. Its derivative adds the devices' parts up."""
+    args = linear_arguments(rng, "index", batch=(16,), v=32)
+    h, k, labels = (np.asarray(args[name]) for name in ("hidden", "kernel", "targets"))
+
+    def loss(h, k, labels, **options):
+        if options:
+            h, labels = (lax.all_gather(x, "v", axis=0, tiled=True) for x in (h, labels))
+        total = linear_cross_entropy(h, k, labels, reduction="sum", **options)
+        return lax.pmean(total, "v") if options and "v" in jax.typeof(total).mat.varying else total
+
+    wanted = jax.grad(loss, (0, 1))(h, k, labels)
+    for mode in MODES:
+        with blocks(mode, 5, 3):
+            mapped = jax.shard_map(
+                jax.grad(functools.partial(loss, axis_name="v", mode=mode), (0, 1)),
+                mesh=mesh_of(4),
+                in_specs=(P("v"), P(None, "v"), P("v")),
+                out_specs=(P("v"), P(None, "v")),
+            )
+            for got, want in zip(jax.jit(mapped)(h, k, labels), wanted, strict=True):
+                np.testing.assert_allclose(got, want, rtol=2000 * EPS, atol=2000 * EPS * np.abs(want).max())
+
+
+# --- meshes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "mean_count"])
+@pytest.mark.parametrize("loss", ["dense", *MODES])
+def test_batch_axis(rng, loss, reduction):
+    """Tokens over one axis, classes over two: loss and gradients of the whole batch, and the same on every device."""
+    args = make_arguments(rng, "index")
+    args["targets"][:7] = -1  # the devices have different numbers of examples that count
+    f, options = dense, {"ignore_index": -1, "reduction": reduction}
+    if loss != "dense":
+        args |= {"hidden": rng.normal(size=(N, 5)).astype(np.float32), "kernel": args.pop("logits")[:5]}
+        f, options["mode"] = fused, loss
+    mesh = mesh_of(2, 2, 2, names=("d", "a", "b"))
+    split = specs("index", "d", ("a", "b"))
+    with blocks(loss, 2, 4):
+        run = pull_back(f, mesh, split, axis_name=("a", "b"), batch_axis_name="d", **options)
+        outs, grads = run(args, [np.float32(0.7)])
+        parts = floats(args)
+        wanted, pull = jax.vjp(lambda parts: outputs(f, parts, args, **options), parts)
+    np.testing.assert_allclose(outs[0], wanted[0], rtol=100 * EPS)
+    for name, want in pull([np.float32(0.7)])[0].items():
+        np.testing.assert_allclose(grads[name], want, rtol=2000 * EPS, atol=2000 * EPS * np.abs(want).max())
+
+
+def test_second_derivatives(rng):
+    """A Hessian-vector product through the devices."""
+    args = make_arguments(rng, "index")
+    z, labels, v = args["logits"], args["targets"], rng.normal(size=(N, V)).astype(np.float32)
+
+    def product(z, labels, v, **options):
+        def gradient(z):
+            return jax.grad(lambda z: softmax_cross_entropy(z, labels, z_loss=0.1, reduction="sum", **options))(z)
+
+        return jax.jvp(gradient, (z,), (v,))[1]
+
+    split = P(None, "v")
+    mapped = jax.shard_map(
+        functools.partial(product, axis_name="v"), mesh=mesh_of(8), in_specs=(split, P(), split), out_specs=split
+    )
+    np.testing.assert_allclose(jax.jit(mapped)(z, labels, v), product(z, labels, v), rtol=1e-5, atol=1e-5)
+
+
+def test_forward_mode(rng):
+    args = make_arguments(rng, "probs")
+    z, t, v = args["logits"], args["targets"], rng.normal(size=(N, V)).astype(np.float32)
+
+    def slope(z, t, v, **options):
+        f = functools.partial(softmax_cross_entropy, targets=t, implementation="autodiff", **options)
+        return jax.jvp(f, (z,), (v,))[1]
+
+    split = P(None, "v")
+    mapped = jax.shard_map(
+        functools.partial(slope, axis_name="v"), mesh=mesh_of(4), in_specs=(split,) * 3, out_specs=P()
+    )
+    np.testing.assert_allclose(jax.jit(mapped)(z, t, v), slope(z, t, v), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loss", ["dense", *MODES])
+def test_what_moves_between_devices(rng, kind, loss):
+    """All-reduces of a few numbers per row, and of the gradient of the hidden states: nothing that grows with V."""
+    n, d, v = 24, 6, 4096
+    args: dict[str, Any] = {
+        "targets": {
+            "index": np.zeros(n, np.int32),
+            "probs": np.full((n, v), 1 / v, np.float32),
+            "sparse": SparseTargets(np.zeros((n, 2), np.int32), np.full((n, 2), 0.5, np.float32)),
+        }[kind]
+    }
+    args |= {"class_weights": np.ones(v, np.float32), "label_smoothing": np.float32(0.1)}
+    if loss == "dense":
+        args["logits"] = rng.normal(size=(n, v)).astype(np.float32)
+    else:
+        args |= {"hidden": np.ones((n, d), np.float32), "kernel": np.ones((d, v), np.float32)}
+    options = {"axis_name": "v", "reduction": "mean"} | ({} if loss == "dense" else {"mode": loss})
+    run = pull_back(dense if loss == "dense" else fused, mesh_of(8), specs(kind), **options)
+    text = jax.jit(run).lower(args, [np.float32(1)]).compile().as_text()
+    assert not re.search(r"(all-gather|all-to-all|collective-permute|reduce-scatter)(-start)?\(", text)
+    sizes = collective_sizes(text)
+    assert sizes
+    assert max(sizes) <= n * (2 if loss == "dense" else d)
+
+
+# --- Explicit meshes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_explicit_sharding_of_the_linear_loss(rng, reduction, kind, mode):
+    """No shard_map to write: the types say that tokens and classes are split."""
+    if mode == "store" and reduction == "none":
+        pytest.skip("store is for losses that are one number")
+    args = linear_arguments(rng, kind, batch=(4, 3), v=32)
+    where = rng.random(32) < 0.7
+    labels = args["targets"].indices if kind == "sparse" else args["targets"]
+    where[labels.ravel() if kind != "probs" else 0] = True
+    if kind == "probs":
+        args["targets"] = args["targets"] * where
+    args["weights"] = args["weights"][:, :1]
+    options = {"reduction": reduction, "mode": mode, "return_aux": True, "where": where}
+
+    def run(args):
+        parts = floats(args)
+        return jax.value_and_grad(lambda parts: sum(map(jnp.sum, outputs(fused, parts, args, **options))))(parts)
+
+    with blocks(mode, 5, 3):
+        wanted = jax.jit(run)(args)
+        mesh = mesh_of(2, 4, names=("d", "v"), kind=AxisType.Explicit)
+        with jax.set_mesh(mesh):
+            placed = dict(args)
+            for name, spec in {"hidden": P("d"), "kernel": P(None, "v"), "bias": P("v")}.items():
+                placed[name] = jax.device_put(args[name], NamedSharding(mesh, spec))
+            compiled = jax.jit(run).lower(placed).compile()
+            got = compiled(placed)
+            loss, aux = jax.jit(lambda args: fused(args, **options))(placed)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS * np.abs(b).max())
+    assert jax.typeof(got[1]["kernel"]).sharding.spec == P(None, "v")
+    assert jax.typeof(got[1]["hidden"]).sharding.spec[0] == "d"
+    assert jax.typeof(aux.nll).sharding.spec[0] == "d"
+    assert (jax.typeof(loss).sharding.spec or (None,))[0] == ("d" if reduction == "none" else None)
+    assert "all-gather" not in compiled.as_text()
+
+
+def test_explicit_sharding_that_would_need_a_gather(rng):
+    args = linear_arguments(rng, "index", batch=(8,), v=32)
+    h, k = np.ones((8, 8), np.float32), np.ones((8, 32), np.float32)
+    mesh = mesh_of(2, 4, names=("d", "v"), kind=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        h, k = (jax.device_put(x, NamedSharding(mesh, P("d"))) for x in (h, k))
+        with pytest.raises(ValueError, match=r"kernel: expected features that are not split .*sharding.reshard"):
+            linear_cross_entropy(h, k, args["targets"])
+        with pytest.raises(
+            ValueError, match=r"kernel: expected classes that are not split over the axes of the tokens"
+        ):
+            linear_cross_entropy(h, jax.sharding.reshard(k, P(None, "d")), args["targets"])
+
+
+# --- messages -------------------------------------------------------------------------------------------------------
+
+
+def inside(f, *arrays, check_vma: bool = True):
+    """`f` inside a shard_map over "v" that splits nothing."""
+    return jax.shard_map(f, mesh=mesh_of(2), in_specs=P(), out_specs=P(), check_vma=check_vma)(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"axis_name": "w"},
+            ValueError,
+            r"axis_name: expected axes of the mesh of a surrounding jax.shard_map; got 'w'",
+        ),
+        ({"axis_name": 3}, TypeError, r"axis_name: expected None, the name of a mesh axis or a tuple of names; got 3"),
+        ({"axis_name": ("v", "v")}, ValueError, r"axis_name: expected axes that differ; got \('v', 'v'\)"),
+        ({"axis_name": "v"}, ValueError, r"logits: expected this device's share of the classes; got the same array"),
+        (
+            {"batch_axis_name": "v", "reduction": "sum"},
+            ValueError,
+            r"logits: expected this device's share of the examples; got the same array on all devices along 'v'",
+        ),
+        ({"batch_axis_name": "v"}, ValueError, r"batch_axis_name: expected None for reduction='none'; got 'v'"),
+        (
+            {"axis_name": "v", "batch_axis_name": "v", "reduction": "sum"},
+            ValueError,
+            r"batch_axis_name: expected axes that do not split the classes as well, \('v',\); got 'v'",
+        ),
+    ],
+)
+def test_messages(options, kind, message):
+    z, labels = jnp.zeros((4, 6)), jnp.zeros(4, jnp.int32)
+    with pytest.raises(kind, match=message):
+        inside(lambda z, y: softmax_cross_entropy(z, y, **options), z, labels)
+
+
+def test_types_of_the_surrounding_shard_map():
+    """Without them a derivative would silently be off by the number of devices."""
+    z, labels = jnp.zeros((4, 6)), jnp.zeros(4, jnp.int32)
+    with pytest.raises(ValueError, match=r"axis_name: expected a jax.shard_map with check_vma=True"):
+        inside(lambda z, y: softmax_cross_entropy(z, y, axis_name="v"), z, labels, check_vma=False)
+    with pytest.raises(ValueError, match=r"axis_name: expected axes of the mesh of a surrounding jax.shard_map"):
+        softmax_cross_entropy(z, labels, axis_name="v")
+    assert jaxce.softmax_cross_entropy(z, labels, axis_name=()).shape == (4,)
