@@ -1,5 +1,6 @@
 """Softmax cross-entropy for JAX: exact to the last digits, with every option, fast and memory-lean."""
 
+from jaxce import diagnostics
 from jaxce.compose import CrossEntropyAux
 from jaxce.linear import linear_cross_entropy, plan_linear_cross_entropy
 from jaxce.probs import cross_entropy_from_probs
@@ -12,6 +13,7 @@ __all__ = [
     "CrossEntropyAux",
     "SparseTargets",
     "cross_entropy_from_probs",
+    "diagnostics",
     "linear_cross_entropy",
     "plan_linear_cross_entropy",
     "softmax_cross_entropy",

@@ -1,0 +1,104 @@
+"""What a report says in words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+FEW = 0.05  # "a few examples": at most this share of them ...
+MOST = 0.5  # ... which carry at least this share of the loss
+CALIBRATION_MARGIN = 0.03  # confidence and accuracy this close are as good as equal
+LISTED = 5
+
+
+def findings(report: Any) -> tuple[str, ...]:
+    """Sentences, the most important first. `report` is a `Report`."""
+    said = [_unknown(report), _probabilities(report)]
+    if math.isfinite(report.loss):
+        said += [_chance(report), _few(report), _confidence(report)]
+    elif math.isinf(report.loss):
+        said += ["The loss is infinite: some example's label has probability 0."]
+    said += [_absent(report), _never_predicted(report)]
+    return tuple(sentence for sentence in said if sentence)
+
+
+def _unknown(report: Any) -> str:
+    if not math.isnan(report.loss):
+        return ""
+    return (
+        "The loss is NaN: there are NaN logits, NaN or negative weights, or labels that are no class. "
+        "The costliest examples show where."
+    )
+
+
+def _probabilities(report: Any) -> str:
+    if report.classes == 1 or report.probability_rows < report.examples:
+        return ""
+    return (
+        "The logits look like probabilities: every row sums to 1. Softmax is applied to logits, and of probabilities "
+        "it makes a nearly uniform distribution; use jaxce.cross_entropy_from_probs, or pass jnp.log(probs) here."
+    )
+
+
+def _chance(report: Any) -> str:
+    guess, knows = min(report.chance, report.prior_chance), "the class frequencies"
+    if guess == report.chance:
+        knows = f"that there are {report.classes:,} classes"
+    if guess == 0:  # one class alone: knowing it is everything
+        return ""
+    beaten = guess - report.loss
+    beside = f"loss {report.loss:.4g}, guessing {guess:.4g}"
+    if beaten < -2 * report.standard_error:
+        return f"Worse than guessing from {knows} ({beside}): confident mistakes cost more than the rest gains."
+    if beaten <= 2 * report.standard_error or beaten < 1e-3 * guess:
+        return f"No better than guessing from {knows} ({beside})."
+    share = beaten / guess
+    degree = "Far better" if share >= 0.5 else "Better" if share >= 0.1 else "Barely better"
+    return f"{degree} than guessing from {knows} ({beside}): {share:.0%} of that loss is gone."
+
+
+def _few(report: Any) -> str:
+    total = report.loss * report.weight
+    carried = 0.0
+    for count, example in enumerate(report.costliest, 1):
+        if count > max(1, FEW * report.examples):
+            break
+        carried += example.cost
+        if total > 0 and carried >= MOST * total and report.examples > 2:
+            noun = "example carries" if count == 1 else "examples carry"
+            return (
+                f"A few examples carry most of the loss: {count} of {report.examples:,} {noun} {carried / total:.0%}. "
+                "Look at their labels first."
+            )
+    share = report.wrong_loss * (1 - report.accuracy) / report.loss if report.accuracy < 1 and report.loss else 0
+    if share >= MOST and report.accuracy > 0.5:
+        return f"The {1 - report.accuracy:.1%} of wrong predictions carry {share:.0%} of the loss."
+    return ""
+
+
+def _confidence(report: Any) -> str:
+    gap = report.confidence - report.accuracy
+    # The share of hits among n examples is itself known to within its standard error only.
+    noise = 2 * math.sqrt(max(report.accuracy * (1 - report.accuracy), 0) / report.examples)
+    if abs(gap) <= max(CALIBRATION_MARGIN, noise):
+        return ""
+    kind = "Overconfident" if gap > 0 else "Underconfident"
+    return (
+        f"{kind}: {report.confidence:.1%} sure on average, right {report.accuracy:.1%} of the time. "
+        "Divide the logits by fit_temperature of held-out examples."
+    )
+
+
+def _absent(report: Any) -> str:
+    names = [c.name for c in report.per_class if c.count == 0]
+    return f"Labels that never occur: {_listed(names)}." if names else ""
+
+
+def _never_predicted(report: Any) -> str:
+    names = [c.name for c in report.per_class if c.count and c.predicted == 0]
+    return f"Classes that are never predicted: {_listed(names)}." if names else ""
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

@@ -1,0 +1,94 @@
+"""What a model made of each example: its loss, prediction, confidence, squared error and the rank of its label."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxce import checks
+from jaxce.softmax import softmax_cross_entropy
+from jaxce.stats import working_dtype
+
+
+class Outcomes(NamedTuple):
+    """Per example, `[N]`. What cannot be known (a NaN logit, a label that is no class) is NaN, `hit` included.
+
+    used: whether the example counts: not ignored, and of a weight other than 0.
+    label: int32, from 0 to V-1, or V where the label is no class or the example does not count.
+    """
+
+    used: Array
+    weight: Array
+    label: Array
+    prediction: Array
+    nll: Array
+    hit: Array
+    confidence: Array
+    brier: Array
+    rank: Array
+
+    def total(self, values: Array) -> Array:
+        """The weighted sum over the examples that count."""
+        return jnp.sum(self.weighted(values))
+
+    def weighted(self, values: Array) -> Array:
+        return jnp.where(self.used, self.weight * values, jnp.zeros_like(values))
+
+    def mean(self, values: Array) -> Array:
+        """The weighted mean; 0 over nothing, like the means of jaxce's losses."""
+        divisor = self.total(jnp.ones_like(values))
+        return jnp.where(divisor == 0, 0, self.total(values) / jnp.where(divisor == 0, 1, divisor))
+
+
+def checked(logits: Any, targets: Any, weights: Any) -> tuple[Array, Array, Array]:
+    """Logits [N, V], labels [N] and weights [N] in the working dtype."""
+    logits = checks.float_array("logits", logits)
+    checks.num_classes("logits", logits.shape[-1])
+    if not checks.is_integers(targets):
+        hint = "The classes of one-hot targets are targets.argmax(-1)."
+        checks.fail(TypeError, "targets", "integers, one class per example", checks.describe(targets), hint)
+    targets = jnp.asarray(targets)
+    batch = logits.shape[:-1]
+    checks.indices("targets", targets, batch, logits.shape)
+    dtype = working_dtype(logits.dtype)
+    weights = checks.example_weights(1.0 if weights is None else weights, batch).astype(dtype)
+    weights = jnp.broadcast_to(jnp.where(weights >= 0, weights, jnp.nan), batch)
+    return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights.reshape(-1)
+
+
+def outcomes(logits: Array, labels: Array, weights: Array, ignore_index: int | None) -> Outcomes:
+    """`logits [N, V]`, `labels [N]` and `weights [N]` as `checked` returns them."""
+    num_classes = logits.shape[-1]
+    # z_loss etc. are no part of what a model knows: the plain loss, whatever it was trained with.
+    _, aux = softmax_cross_entropy(logits, labels, ignore_index=ignore_index, return_aux=True)
+    used = (aux.weight != 0) & (weights != 0)
+    if jnp.iinfo(labels.dtype).bits < 32:
+        labels = labels.astype(jnp.int32)
+    inside = (labels >= 0) & (labels < num_classes)
+    label = jnp.where(inside & used, labels, jnp.zeros_like(labels)).astype(jnp.int32)
+
+    logits = logits.astype(aux.nll.dtype)
+    unknown = jnp.where(jnp.isnan(aux.nll), aux.nll, 0)
+    hit = (aux.prediction == label).astype(aux.nll.dtype) + unknown
+    # The loss of the predicted class, not max - logsumexp: a common offset of the logits must not cost digits.
+    confidence = jnp.exp(-softmax_cross_entropy(logits, aux.prediction))
+    classes = jnp.arange(num_classes, dtype=jnp.int32)[None]
+    is_label = classes == label[:, None]
+    others = jnp.where(is_label, 0, jax.nn.softmax(logits, -1))
+    brier = jnp.sum(others * others, -1) + jnp.square(jnp.expm1(-aux.nll))
+    own = jnp.take_along_axis(logits, label[:, None], -1)
+    ahead = (logits > own) | ((logits == own) & (classes < label[:, None]))  # of equals the first, as argmax has it
+    return Outcomes(
+        used=used,
+        weight=jnp.where(used, weights, 0),
+        label=jnp.where(inside & used, label, num_classes),
+        prediction=aux.prediction,
+        nll=aux.nll,
+        hit=hit,
+        confidence=confidence,
+        brier=brier,
+        rank=jnp.sum(ahead, -1, dtype=jnp.int32),
+    )

@@ -1,0 +1,104 @@
+"""The calibration temperature."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxce import checks
+from jaxce.diagnostics.outcomes import checked
+from jaxce.softmax import softmax_cross_entropy
+
+_MAX_STEPS = 60  # bisection alone gets from [1e-3, 1e3] to float64's last digit in fewer
+
+
+def fit_temperature(
+    logits: Any,
+    targets: Any,
+    *,
+    weights: Any = None,
+    ignore_index: int | None = None,
+    bounds: tuple[float, float] = (1e-3, 1e3),
+) -> Array:
+    r"""The temperature T that makes the mean loss of `logits / T` least.
+
+    .. math::
+        \operatorname*{arg\,min}_{T > 0} \frac1N \sum_n \ell(z_n / T, y_n)
+
+    Dividing by it makes probabilities believable and leaves every prediction as it is: above 1 the model was
+    overconfident, below 1 underconfident. Fit it on held-out examples, not on those of the training.
+
+    Args:
+      logits: floats `[..., V]`.
+      targets: integers `[...]`, class indices.
+      weights: numbers that broadcast to `[...]`, >= 0.
+      ignore_index: examples with this label count nowhere.
+      bounds: the least and the largest T to consider.
+
+    Returns:
+      One number, T. The lower bound if every prediction is right: then the loss falls for ever as T goes to 0. The
+      upper bound if the logits are no better than guessing: then nothing beats T = ∞. NaN for a NaN logit, a label
+      that is no class, or a label whose logit is −inf (no T makes that loss finite). 1 if no example counts, or every
+      row's logits are equal.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype, shape or range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxce import diagnostics
+      >>> logits = jnp.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [0.0, 4.0]])  # sure, and right 3 times of 4
+      >>> print(diagnostics.fit_temperature(logits, jnp.array([0, 0, 1, 1])))
+      3.6409569
+
+    Note:
+      Guo et al., "On Calibration of Modern Neural Networks", 2017, section 4.2. The loss is convex in 1/T, in which
+      Newton's method runs inside a bracket; it halves the bracket (in the logarithm) where a step leaves it.
+    """
+    for name, x in zip(("bounds[0]", "bounds[1]"), bounds, strict=True):
+        checks.scalar(name, x, 0, float("inf"))
+    if not 0 < bounds[0] < bounds[1]:
+        checks.fail(ValueError, "bounds", "0 < lower < upper", repr(bounds))
+    return _fit(*checked(logits, targets, weights), float(bounds[0]), float(bounds[1]), ignore_index)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _fit(logits: Array, labels: Array, weights: Array, low: float, high: float, ignore_index: int | None) -> Array:
+    dtype = weights.dtype
+    # A class of probability 0 stays one at every temperature: taken out, so that 0·∞ does not come up.
+    possible = ~(logits == -jnp.inf)
+    top = jnp.max(logits, -1, keepdims=True).astype(dtype)
+    scores = jnp.where(possible, logits.astype(dtype) - top, 0)
+    scores = jnp.where((weights == 0)[:, None], 0, scores)
+    if ignore_index is not None:
+        scores = jnp.where((labels == ignore_index)[:, None], 0, scores)
+
+    def loss(inverse: Array) -> Array:
+        return softmax_cross_entropy(
+            inverse * scores, labels, where=possible, weights=weights, ignore_index=ignore_index, reduction="mean"
+        )
+
+    slope = jax.grad(loss)
+    smallest, largest = jnp.asarray(1 / high, dtype), jnp.asarray(1 / low, dtype)
+
+    def wants_more(state):
+        step, least, most, at, before = state
+        return (step < _MAX_STEPS) & (at != before) & (least < most)
+
+    def improve(state):
+        step, least, most, at, _ = state
+        rise, curvature = jax.jvp(slope, (at,), (jnp.ones_like(at),))
+        least, most = jnp.where(rise < 0, at, least), jnp.where(rise > 0, at, most)
+        newton = at - rise / curvature
+        inside = (newton > least) & (newton < most)
+        after = jnp.where(inside, newton, jnp.sqrt(least * most))
+        return step + 1, least, most, jnp.where(rise == 0, at, after), at
+
+    start = jnp.clip(jnp.asarray(1, dtype), smallest, largest)
+    found = lax.while_loop(wants_more, improve, (0, smallest, largest, start, start + 1))[3]
+    found = jnp.where(slope(smallest) > 0, smallest, jnp.where(slope(largest) < 0, largest, found))
+    return jnp.where(jnp.isfinite(loss(found)), 1 / found, jnp.nan)
