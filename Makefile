@@ -32,6 +32,7 @@ lint: $(READY)  ## style and types
 bench: $(READY)  ## the figures and plots of the README (30 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks dense
 	$(BIN)/python -m benchmarks linear
+	$(BIN)/python -m benchmarks sharded
 
 docs: $(READY)  ## the API reference and the notebooks as HTML, in build/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs $(DOCS)

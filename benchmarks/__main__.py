@@ -6,7 +6,7 @@ import argparse
 import pathlib
 from collections.abc import Callable
 
-from benchmarks import dense, linear, readme
+from benchmarks import dense, linear, readme, sharded
 
 
 def main() -> None:
@@ -17,6 +17,8 @@ def main() -> None:
     command = commands.add_parser("linear", help="the loss of a linear layer beside optax, and what else is installed")
     _add_options(command, linear.run, seconds=3.0, smoke="tiny shapes, quickly, to see that it runs")
     command.add_argument("--h100-target-config", type=pathlib.Path, help="description of the GPU, to compile for it")
+    command = commands.add_parser("sharded", help="both losses with the vocabulary split over devices, beside optax")
+    _add_options(command, sharded.run, seconds=3.0, smoke="one small mesh, quickly, to see that it runs")
     command = commands.add_parser("readme", help="write the tables of the README from the results files")
     command.set_defaults(run=readme.run)
     args = parser.parse_args()

@@ -147,6 +147,47 @@ def _linear_tpu_table(rows: list[dict[str, Any]]) -> str:
     return markdown(["chip", "kernel", "N x V", *names], table)
 
 
+def sharded_table(results: dict[str, Any]) -> str:
+    """What chips of a TPU slice exchange and need, and the time on CPU devices."""
+
+    def cells(figures: dict[str, Any]) -> list[str]:
+        return [f"{figures['temp_bytes'] / 1e6:,.1f} MB", f"{figures['collective_bytes'] / 1e6:,.1f} MB"]
+
+    header = ["slice", "batch x vocabulary", "V"]
+    header += [f"{name}: {what}" for name in ("jaxce", "optax") for what in ("temporary HBM", "exchanged")]
+    tpu = [
+        [row["slice"], f"{row['data']} x {row['model']}", str(row["v"])]
+        + [cell for name in ("jaxce", "optax") for cell in cells(row["figures"][name])]
+        + [f"{row['figures']['jaxce']['cycles'] / row['figures']['optax']['cycles']:.2f}"]
+        for row in results["tpu"]
+    ]
+    first = results["tpu"][0]
+    exchanged = ", ".join(f"{c['kind']} of `{' '.join(c['shapes'])}`" for c in first["figures"]["jaxce"]["collectives"])
+    cpu = [
+        [
+            f"{row['devices']} x {row['v'] // row['devices']}",
+            *(f"{row['figures'][name]['median_ms']:.0f} ms" for name in ("jaxce", "optax")),
+            f"{row['figures']['jaxce']['median_ms'] / results['cpu'][0]['figures']['jaxce']['median_ms']:.1f}",
+        ]
+        for row in results["cpu"]
+    ]
+    return "\n".join(
+        [
+            f"Compiled for TPU ({machine_of(results)}): loss and both gradients, bfloat16, "
+            f"{first['n']} tokens for each part of the batch, D = {first['d']}, per chip:",
+            "",
+            markdown([*header, "estimated cycles, jaxce / optax"], tpu),
+            "",
+            f"What jaxce exchanges in the first row: {exchanged}.",
+            "",
+            "Run on CPU devices that share two cores, so that the time grows with the work: "
+            f"{results['cpu'][0]['n']} tokens, D = {results['cpu'][0]['d']}, float32.",
+            "",
+            markdown(["devices x classes on each", "jaxce", "optax", "jaxce's time / that of one device"], cpu),
+        ]
+    )
+
+
 def cifar10_table(history: dict[str, Any]) -> str:
     """The epochs of a run of the CIFAR-10 example."""
     rows = [
@@ -193,6 +234,7 @@ TABLES = {
     "dense": (dense_table, "dense-cpu.json"),
     "linear": (linear_table, "linear-cpu.json"),
     "linear-newest-jax": (linear_table, "newest-jax/linear-cpu.json"),
+    "sharded": (sharded_table, "sharded.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
     "language-model": (language_model_table, "language-model/history.json"),
     "cifar10-full": (cifar10_table, "cifar10-full/history.json"),

@@ -16,6 +16,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
+from benchmarks.hlo import estimated_cycles
+
 # Without these libtpu looks for the machine's metadata, which only a cloud machine has, and lets only one process in.
 for _name, _value in {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -26,7 +28,6 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
-_UNKNOWN = 2**63 - 1
 
 
 def compile_for(chip: str, f: Callable, *shapes: Any) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def compile_for(chip: str, f: Callable, *shapes: Any) -> dict[str, Any]:
     `cycles` counts the body of a loop as often as it runs; `bytes` counts it once.
     """
     one = SingleDeviceSharding(_device(chip))
-    with traced_for(chip), _uncached():
+    with traced_for(chip), uncached():
         program = jax.jit(f, in_shardings=one, out_shardings=one).lower(*shapes).compile()
     text = program.as_text()
     return {
@@ -62,7 +63,7 @@ def _device(chip: str) -> Any:
 
 
 @contextlib.contextmanager
-def _uncached() -> Iterator[None]:
+def uncached() -> Iterator[None]:
     """A program for a chip that is not here cannot be read back from the compilation cache: it must not go there."""
     config: Any = jax.config
     seconds = config.jax_persistent_cache_min_compile_time_secs
@@ -71,45 +72,3 @@ def _uncached() -> Iterator[None]:
         yield
     finally:
         config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-
-
-def estimated_cycles(text: str) -> int:
-    """The sum of the compiler's estimates in a compiled program, the body of a loop times the rounds it makes."""
-    computations, entry = _computations(text)
-
-    def total(name: str) -> int:
-        cycles = 0
-        for line in computations[name]:
-            if (found := re.search(r'"estimated_cycles":"(\d+)"', line)) and int(found[1]) != _UNKNOWN:
-                cycles += int(found[1])
-            if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                cycles += _rounds(line, computations[loop[1]]) * total(loop[2])
-            elif call := re.search(r" call\(.*to_apply=%?([\w.\-]+)", line):
-                cycles += total(call[1])
-            elif " conditional(" in line:
-                branches = re.findall(r"%([\w.\-]+)", line.split("_computation", 1)[1])
-                cycles += max(total(branch) for branch in branches if branch in computations)
-        return cycles
-
-    return total(entry)
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation of a program, and the name of the one it begins with."""
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    entry = ""
-    for line in text.splitlines():
-        if found := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            lines = computations[found[2]] = []
-            entry = found[2] if found[1] else entry
-        else:
-            lines.append(line)
-    return computations, entry
-
-
-def _rounds(loop: str, condition: list[str]) -> int:
-    """How often a loop runs: what the compiler knows, or else the constant that its counter is compared with."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
-        return int(known[1])
-    return max(map(int, re.findall(r"constant\((\d+)\)", "\n".join(condition))), default=1)

@@ -472,13 +472,6 @@ def test_message(case):
         assert re.search(pattern, text), f"{pattern!r} is not in {text!r}, of: {caught.value}"
 
 
-def test_axis_name_is_not_supported_yet():
-    with pytest.raises(NotImplementedError, match=r"^axis_name: .*not supported yet"):
-        loss(axis_name="classes")
-    with pytest.raises(NotImplementedError, match=r"^axis_name: .*not supported yet"):
-        linear(axis_name="classes")
-
-
 def test_errors_come_while_tracing():
     with pytest.raises(ValueError, match=r"^targets: expected shape \(2,\)"):
         jax.eval_shape(loss, LOGITS, LABELS[:, None])

@@ -464,3 +464,30 @@ def test_says_before_training_that_results_cannot_be_written(tmp_path, folder, c
     blocked = ["--data", str(folder), "--context", "16", "--output-dir", str(folder / "b.txt" / "run")]
     assert language_model.main(blocked) == 2
     assert "error: --output-dir: expected a folder, got" in capsys.readouterr().err
+
+
+# Several processes.
+
+
+@pytest.mark.slow
+def test_two_processes_follow_the_curve_of_one(tmp_path, folder, capfd):
+    """Each with half of the table; the first alone prints and writes."""
+    arguments = ["--data", str(folder), "--tokens", "bytes", "--steps", "6", "--layers", "1", "--width", "32"]
+    arguments += ["--context", "16", "--batch-size", "2"]
+    rows = {}
+    for processes in ("1", "2"):
+        output_dir = tmp_path / processes
+        code = language_model.main([*arguments, "--processes", processes, "--output-dir", str(output_dir)])
+        assert code == 0
+        history = json.loads((output_dir / "history.json").read_text())
+        rows[processes] = [(row["train_loss"], row["validation_loss"]) for row in history["rows"]]
+    assert capfd.readouterr().out.count("wrote curves.png") == 2
+    # A few steps of Adam, whose first ones amplify the rounding of gradients.
+    np.testing.assert_allclose(rows["2"], rows["1"], rtol=1e-4)
+    assert rows["1"][0] != rows["1"][-1]
+
+
+def test_a_table_that_cannot_be_split(dataset):
+    mesh = jax.make_mesh((7,), ("vocabulary",), devices=jax.devices()[:7])
+    with pytest.raises(language_model.UsageError, match=r"--processes: expected a number that divides the 300 tokens"):
+        language_model.Trainer(dataset, make_settings(), mesh)

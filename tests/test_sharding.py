@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import hlo
 from jaxce import CrossEntropyAux, SparseTargets, softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
 EPS = float(np.finfo(np.float32).eps)
@@ -106,19 +105,9 @@ def compiled_with_arrays(logits, targets, options):
     return function.lower(logits, targets, arrays).compile(), (logits, targets, arrays)
 
 
-COLLECTIVE = re.compile(
-    r"= (?P<shapes>.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
-    r"(?:-start)?\("
-)
-
-
 def collective_sizes(text: str) -> list[int]:
     """How many elements the largest array of each collective has."""
-    sizes = []
-    for match in COLLECTIVE.finditer(text):
-        shapes = re.findall(r"[a-z]\w*\[([\d,]*)\]", match["shapes"])
-        sizes.append(max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes))
-    return sizes
+    return [max(map(hlo.elements, collective["shapes"])) for collective in hlo.collectives(text)]
 
 
 def check(got, wanted):

@@ -5,6 +5,7 @@
     python -m jaxce.examples.language_model --data ~/notes   your own text: a file, or all files in a folder
     python -m jaxce.examples.language_model --tokens bytes   256 classes instead of thousands
     python -m jaxce.examples.language_model --mode store     gradients in the forward pass
+    python -m jaxce.examples.language_model --processes 2    each with half of the embedding table
 
 The text is what comes with Python: its reference manual, and the licences and documentation of
 the installed packages. Nothing is downloaded. The embedding table [V, D] is the output layer too,
@@ -30,10 +31,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import jaxce
-from jaxce.examples import language_model_data, language_model_network, language_model_report
+from jaxce.examples import (
+    language_model_data,
+    language_model_network,
+    language_model_processes,
+    language_model_report,
+)
 from jaxce.examples.common import UsageError, checked, exit_code, natural_number, positive_integer, progress_bar
 from jaxce.examples.language_model_data import Dataset, UnusableTextError
 from jaxce.examples.language_model_network import HEAD_SIZE, LanguageModel
@@ -70,11 +78,20 @@ class Settings:
 # The loss, in either form.
 
 
-def make_loss(name: str, mode: str | None = None) -> Loss:
-    """The mean loss, as a function of hidden ``[B, T, D]``, table ``[V, D]`` and targets ``[B, T]``."""
+def make_loss(name: str, mode: str | None = None, mesh: Mesh | None = None) -> Loss:
+    """The mean loss, as a function of hidden ``[B, T, D]``, table ``[V, D]`` and targets ``[B, T]``.
+
+    With a mesh, the fused loss takes the table as it is: split over the devices.
+    """
+    options: dict[str, Any] = {"vocab_axis": 0, "mode": mode, "reduction": "mean"}
 
     def fused(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
-        return jaxce.linear_cross_entropy(hidden, table, targets, vocab_axis=0, mode=mode, reduction="mean")
+        return jaxce.linear_cross_entropy(hidden, table, targets, **options)
+
+    if mesh is not None:
+        options["axis_name"] = language_model_processes.AXIS
+        split = (P(), language_model_processes.TABLE, P())
+        fused = jax.shard_map(fused, mesh=mesh, in_specs=split, out_specs=P())
 
     def dense(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
         return jaxce.softmax_cross_entropy(hidden @ table.T, targets, reduction="mean")
@@ -82,20 +99,23 @@ def make_loss(name: str, mode: str | None = None) -> Loss:
     return {"fused": fused, "dense": dense}[name]
 
 
-def loss_arguments(settings: Settings, vocab_size: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+def loss_arguments(settings: Settings, vocab_size: int, mesh: Mesh | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The shapes of hidden, table and targets in a training step."""
     batch = (settings.batch_size, settings.context)
+    whole, split = (
+        (NamedSharding(mesh, P()), NamedSharding(mesh, language_model_processes.TABLE)) if mesh else (None, None)
+    )
     return (
-        jax.ShapeDtypeStruct((*batch, settings.width), jnp.float32),
-        jax.ShapeDtypeStruct((vocab_size, settings.width), jnp.float32),
-        jax.ShapeDtypeStruct(batch, jnp.int32),
+        jax.ShapeDtypeStruct((*batch, settings.width), jnp.float32, sharding=whole),
+        jax.ShapeDtypeStruct((vocab_size, settings.width), jnp.float32, sharding=split),
+        jax.ShapeDtypeStruct(batch, jnp.int32, sharding=whole),
     )
 
 
-def temporary_bytes(loss: Loss, settings: Settings, vocab_size: int) -> int:
-    """The memory that loss and gradients need beside arguments and results, as compiled for this machine."""
+def temporary_bytes(loss: Loss, settings: Settings, vocab_size: int, mesh: Mesh | None = None) -> int:
+    """The memory that loss and gradients need on each device beside arguments and results."""
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    return step.lower(*loss_arguments(settings, vocab_size)).compile().memory_analysis().temp_size_in_bytes
+    return step.lower(*loss_arguments(settings, vocab_size, mesh)).compile().memory_analysis().temp_size_in_bytes
 
 
 # Training.
@@ -104,7 +124,7 @@ def temporary_bytes(loss: Loss, settings: Settings, vocab_size: int) -> int:
 class Trainer:
     """A network, its optimizer, and the compiled steps that train and test it."""
 
-    def __init__(self, data: Dataset, settings: Settings) -> None:
+    def __init__(self, data: Dataset, settings: Settings, mesh: Mesh | None = None) -> None:
         self.data = data
         self.settings = settings
         shortest = min(len(data.train), len(data.validation))
@@ -120,8 +140,13 @@ class Trainer:
         self.model = LanguageModel(
             data.tokenizer.vocab_size, settings.context, settings.width, settings.layers, nnx.Rngs(settings.seed)
         )
+        if mesh is not None:
+            tokens = data.tokenizer.vocab_size
+            if tokens % mesh.size:
+                raise UsageError(f"--processes: expected a number that divides the {tokens} tokens, got {mesh.size}.")
+            language_model_processes.place(self.model, mesh)
         self.optimizer = make_optimizer(self.model, settings)
-        loss = make_loss(settings.loss, settings.mode)
+        loss = make_loss(settings.loss, settings.mode, mesh)
         self._train_step = make_train_step(loss)
         self._test_step = make_test_step(loss)
 
@@ -214,14 +239,15 @@ def make_test_step(loss: Loss) -> Callable[..., jax.Array]:
 
 def run(settings: Settings, *, data: Path | None, output_dir: Path, console: Console) -> list[Row]:
     """Load, train, save; returns the rows."""
+    mesh = language_model_processes.make_mesh()
     corpus = language_model_data.load(data)
     console.print(str(corpus))
     dataset = language_model_data.tokenize(corpus, settings.vocab_size)
-    trainer = Trainer(dataset, settings)
+    trainer = Trainer(dataset, settings, mesh)
     make_folder(output_dir)  # before the time is spent on training
     console.print(f"{dataset}\nnetwork: {trainer.parameters:,} parameters; loss: {settings.loss}")
 
-    memory = report_memory(settings, dataset.tokenizer.vocab_size, console)
+    memory = report_memory(settings, dataset.tokenizer.vocab_size, console, mesh)
     plan = jaxce.plan_linear_cross_entropy(
         *loss_arguments(settings, dataset.tokenizer.vocab_size), vocab_axis=0, mode=settings.mode, reduction="mean"
     )
@@ -233,6 +259,8 @@ def run(settings: Settings, *, data: Path | None, output_dir: Path, console: Con
     rows = train(trainer, console)
 
     sample = trainer.sample()
+    if jax.process_index() > 0:
+        return rows
     about = {
         "arguments": dataclasses.asdict(settings),
         "data": str(corpus),
@@ -256,10 +284,10 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"--output-dir: expected a folder, got {path}: {problem.strerror}.") from problem
 
 
-def report_memory(settings: Settings, vocab_size: int, console: Console) -> dict[str, int]:
-    """Print, and return in bytes, what both losses need beside arguments and results."""
-    losses = {"fused": make_loss("fused", settings.mode), "dense": make_loss("dense")}
-    memory = {name: temporary_bytes(loss, settings, vocab_size) for name, loss in losses.items()}
+def report_memory(settings: Settings, vocab_size: int, console: Console, mesh: Mesh | None = None) -> dict[str, int]:
+    """Print, and return in bytes, what both losses need on each device beside arguments and results."""
+    losses = {"fused": make_loss("fused", settings.mode, mesh), "dense": make_loss("dense")}
+    memory = {name: temporary_bytes(loss, settings, vocab_size, mesh) for name, loss in losses.items()}
     rows = settings.batch_size * settings.context
     needs = ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in memory.items())
     console.print(
@@ -348,6 +376,12 @@ def make_parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--learning-rate", type=positive, default=3e-3, help="the peak, after the warm-up (default: %(default)s)"
     )
+    training.add_argument(
+        "--processes",
+        type=positive_integer,
+        default=1,
+        help="that work together on this machine, the embedding table split over them (default: %(default)s)",
+    )
     training.add_argument("--seed", type=natural_number, default=0, help="(default: %(default)s)")
     return parser
 
@@ -367,6 +401,15 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = make_parser().parse_args(argv)
+    if arguments.processes == 1:
+        return work(argv)
+    return language_model_processes.launch(work, argv, arguments.processes)
+
+
+def work(argv: Sequence[str]) -> int:
+    """The program in one process. The first of several speaks for all."""
     arguments = make_parser().parse_args(argv)
 
     def program() -> None:
@@ -374,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings_from(arguments),
             data=arguments.data,
             output_dir=arguments.output_dir,
-            console=Console(highlight=False, soft_wrap=True),
+            console=Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0),
         )
 
     return exit_code(program, UnusableTextError, "Interrupted.")

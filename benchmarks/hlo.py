@@ -1,0 +1,88 @@
+"""What the text of a compiled program says: the compiler's estimates, and what devices exchange."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+_UNKNOWN = 2**63 - 1
+
+
+def estimated_cycles(text: str) -> int:
+    """The sum of the compiler's estimates in a compiled program."""
+
+    def cycles(line: str) -> int:
+        found = re.search(r'"estimated_cycles":"(\d+)"', line)
+        return int(found[1]) if found and int(found[1]) != _UNKNOWN else 0
+
+    return _total(text, cycles)
+
+
+_KINDS = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
+_COLLECTIVE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{_KINDS})(?:-start)?\(")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+
+
+def collectives(text: str) -> list[dict[str, Any]]:
+    """What a compiled program exchanges between devices: kind and result shapes of each, as they stand in its text."""
+    return [
+        {"kind": found["kind"], "shapes": re.findall(r"[a-z]\w*\[[\d,]*\]", found["shapes"])}
+        for found in _COLLECTIVE.finditer(text)
+    ]
+
+
+def collective_bytes(text: str) -> int:
+    """The bytes of the results of all collectives of one device."""
+
+    def size(line: str) -> int:
+        return sum(elements(shape) * _BYTES[shape.split("[")[0]] for c in collectives(line) for shape in c["shapes"])
+
+    return _total(text, size)
+
+
+def elements(shape: str) -> int:
+    """How many elements `f32[8,2048]` has."""
+    return math.prod(int(n) for n in shape.rstrip("]").split("[")[1].split(",") if n)
+
+
+def _total(text: str, cost: Callable[[str], int]) -> int:
+    """The sum of the costs of a program's lines, the body of a loop times the rounds it makes."""
+    computations, entry = _computations(text)
+
+    def total(name: str) -> int:
+        costs = 0
+        for line in computations[name]:
+            costs += cost(line)
+            if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
+                costs += _rounds(line, computations[loop[1]]) * total(loop[2])
+            elif call := re.search(r" call\(.*to_apply=%?([\w.\-]+)", line):
+                costs += total(call[1])
+            elif " conditional(" in line:
+                branches = re.findall(r"%([\w.\-]+)", line.split("_computation", 1)[1])
+                costs += max(total(branch) for branch in branches if branch in computations)
+        return costs
+
+    return total(entry)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation of a program, and the name of the one it begins with."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    entry = ""
+    for line in text.splitlines():
+        if found := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            lines = computations[found[2]] = []
+            entry = found[2] if found[1] else entry
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _rounds(loop: str, condition: list[str]) -> int:
+    """How often a loop runs: what the compiler knows, or else the constant that its counter is compared with."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
+        return int(known[1])
+    return max(map(int, re.findall(r"constant\((\d+)\)", "\n".join(condition))), default=1)

@@ -1,0 +1,60 @@
+"""The language-model example on several processes, each with its share of the embedding table."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+from collections.abc import Callable, Sequence
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxce.examples.language_model_network import LanguageModel
+
+AXIS = "vocabulary"
+TABLE = P(AXIS)
+
+
+def launch(program: Callable[[Sequence[str]], int], argv: Sequence[str], count: int) -> int:
+    """Run ``program(argv)`` in so many processes on this machine that work as one; the first exit code that is not 0.
+
+    On several machines, start it once on each with `jax.distributed.initialize` instead.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    # A fork would share the parent's threads, which JAX does not survive.
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=(program, argv, address, count, i)) for i in range(count)]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            worker.terminate()
+    return next((worker.exitcode for worker in workers if worker.exitcode), 0)
+
+
+def _work(program: Callable[[Sequence[str]], int], argv: Sequence[str], address: str, count: int, index: int) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, count, index)
+    raise SystemExit(program(argv))
+
+
+def make_mesh() -> Mesh | None:
+    """All devices of all processes in a row; None for one process."""
+    if jax.process_count() == 1:
+        return None
+    return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def place(model: LanguageModel, mesh: Mesh) -> None:
+    """Give each device its share of the table, and a copy of everything else."""
+    table = model.embedding.embedding
+    for variable in jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        spec = TABLE if variable[...] is table[...] else P()
+        variable[...] = jax.device_put(variable[...], NamedSharding(mesh, spec))

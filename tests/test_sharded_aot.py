@@ -1,0 +1,55 @@
+"""The linear loss with its vocabulary split over a TPU slice, compiled by the real TPU compiler."""
+
+import jax
+import pytest
+
+pytest.importorskip("libtpu", reason="the TPU compiler is in libtpu")
+from benchmarks import hlo, sharded
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.fixture(scope="module")
+def row():
+    found = {}
+
+    def get(cell):
+        if cell not in found:
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # for optax
+                found[cell] = sharded.tpu_row(*cell)
+        return found[cell]
+
+    return get
+
+
+def exchanged(figures):
+    return sorted((c["kind"], *c["shapes"]) for c in figures["collectives"])
+
+
+@pytest.mark.parametrize(("slice_", "shape"), sharded.SLICES[::2])
+def test_what_goes_between_chips_does_not_grow_with_the_vocabulary(row, slice_, shape):
+    """Numbers of tokens, and the gradient of the hidden states once."""
+    small, large = (row((slice_, shape, v))["figures"]["jaxce"] for v in sharded.CLASSES)
+    assert exchanged(small) == exchanged(large)
+    assert {c["kind"] for c in small["collectives"]} == {"all-reduce"}
+    sizes = sorted(hlo.elements(shape) for c in small["collectives"] for shape in c["shapes"])
+    assert sizes[-1] == sharded.N * sharded.D
+    assert all(size <= sharded.N for size in sizes[:-1])
+    assert small["collective_bytes"] <= 4 * sharded.N * (sharded.D + len(sizes))
+
+
+def test_memory_beside_optax(row):
+    """Its program holds each chip's share of the logits."""
+    for v in sharded.CLASSES:
+        figures = row((*sharded.SLICES[0], v))["figures"]
+        assert figures["jaxce"]["temp_bytes"] <= 1e6
+        assert figures["optax"]["temp_bytes"] >= 2 * sharded.N * v / 16
+
+
+def test_a_batch_axis_adds_the_gradient_of_the_kernel(row):
+    """As any data parallelism does: its share on this chip, summed over the parts of the batch."""
+    slice_, shape = sharded.SLICES[1]
+    figures = row((slice_, shape, sharded.CLASSES[0]))["figures"]["jaxce"]
+    sizes = sorted(hlo.elements(shape) for c in figures["collectives"] for shape in c["shapes"])
+    assert sizes[-2:] == sorted([sharded.N * sharded.D, sharded.D * sharded.CLASSES[0] // shape[1]])
+    assert all(size <= sharded.N for size in sizes[:-2])
