@@ -28,7 +28,9 @@ html_css_files = ["wide.css"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say which shapes and dtypes
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+# As they are written: a Returns section is a sentence, not "type: description", and attributes may share a line.
+napoleon_custom_sections = ["Returns", ("Attributes", "params_style")]
+napoleon_attr_annotations = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
