@@ -23,17 +23,16 @@ FOLDER = pathlib.Path(__file__).parent
 
 def execute(path: pathlib.Path, output_dir: pathlib.Path | None) -> None:
     notebook = nbformat.read(path, as_version=4)
-    # Times of execution would change in every run; the notebooks find their files relative to their own folder.
     client = NotebookClient(
         notebook,
         timeout=3600,
-        record_timing=False,
+        record_timing=False,  # it would change in every run
         coalesce_streams=True,
-        resources={"metadata": {"path": str(FOLDER)}},
+        resources={"metadata": {"path": str(FOLDER)}},  # where the notebooks look for files from
+        extra_arguments=["--log-level=ERROR"],  # it warns that the connection to this process is not encrypted
     )
     client.execute()
-    notebook.metadata.pop("widgets", None)
-    notebook.metadata.language_info = {"name": "python"}
+    notebook.metadata.language_info = {"name": "python"}  # of any version
     if output_dir is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         path = output_dir / path.name
