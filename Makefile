@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= runs/data
 DEMO_ARGS ?=
+NOTEBOOK_ARGS ?=
+DOCS ?= build/docs
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -10,12 +12,14 @@ READY := $(VENV)/.ready
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test lint bench clean
+.PHONY: demo data test lint bench docs notebooks clean
 
-demo: $(READY)  ## train a convolutional network on CIFAR-10 with jaxce's loss
+demo: $(READY) data  ## train a convolutional network on CIFAR-10 with jaxce's loss
+	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
+
+data: $(READY)
 	@if [ -f ../shared/cifar10/unpack.py ] && [ ! -d $(DATA)/cifar-10-batches-bin ]; then \
 		$(BIN)/python ../shared/cifar10/unpack.py $(DATA); fi
-	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
 
 test: $(READY)  ## all tests, doctests and README examples included
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
@@ -30,10 +34,16 @@ bench: $(READY)  ## the figures and plots of the README (30 minutes on 2 idle co
 	$(BIN)/python -m benchmarks linear
 	$(BIN)/python -m benchmarks sharded
 
+docs: $(READY)  ## the API reference and the notebooks as HTML, in build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs $(DOCS)
+
+notebooks: $(READY) data  ## run the notebooks from the top and keep their outputs
+	JAXCE_DATA_DIR=$(abspath $(DATA)) $(BIN)/python notebooks/execute.py $(NOTEBOOK_ARGS)
+
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,bench]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,bench,docs,notebooks]"
 	@touch $@
 
 clean:

@@ -46,13 +46,13 @@ class Calibration:
 
     @property
     def expected_error(self) -> Array:
-        """ECE: the mean over examples of their bin's distance between confidence and accuracy; 0 over nothing."""
+        """The ECE, the mean over examples of their bin's distance between confidence and accuracy; 0 over nothing."""
         total = jnp.sum(self.weight)
         return jnp.sum(jnp.abs(self.confidences - self.hits)) / jnp.where(total == 0, 1, total)
 
     @property
     def maximum_error(self) -> Array:
-        """MCE: the largest such distance of a bin; 0 over nothing."""
+        """The MCE, the largest such distance of a bin; 0 over nothing."""
         return jnp.max(jnp.where(self.weight == 0, 0, jnp.abs(self.confidence - self.accuracy)))
 
     def merge(self, other: Calibration) -> Calibration:

@@ -1,0 +1,38 @@
+"""Sphinx builds these pages from the docstrings, the README and the notebooks: `make docs`."""
+
+import pathlib
+import shutil
+
+import jaxce
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Sphinx reads what is below this folder. (A symbolic link would do, but links between pages would not work.)
+shutil.rmtree(ROOT / "docs/notebooks", ignore_errors=True)
+shutil.copytree(
+    ROOT / "notebooks", ROOT / "docs/notebooks", ignore=shutil.ignore_patterns("*.py", ".ipynb_checkpoints")
+)
+
+project = "jaxce"
+author = copyright = "The jaxce authors"
+version = release = jaxce.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "myst_nb"]
+default_role = "py:obj"  # `name` in a docstring: a link where it is a public name, code otherwise
+
+html_theme = "furo"
+html_title = f"jaxce {version}"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say which shapes and dtypes
+napoleon_numpy_docstring = False
+# As they are written: a Returns section is a sentence, not "type: description", and attributes may share a line.
+napoleon_custom_sections = ["Returns", ("Attributes", "params_style")]
+napoleon_attr_annotations = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # a page made of a part of the README starts below its headings
+nb_execution_mode = "off"  # the notebooks are committed with their outputs: `make notebooks`
