@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxce.gradient import Row, effective, gradient
-from jaxce.linear.blocks import Projection, gather_classes, gradients, logits, matmul_dtype, over_blocks, put, take
+from jaxce.linear.blocks import Projection, gradients, logits, matmul_dtype, over_blocks, put, retiled_classes, take
 from jaxce.stats import Gap, RowStats, Spec, Terms, merge, row_stats, working_dtype
 
 
@@ -127,7 +127,7 @@ def _classes(inputs: Inputs, projection: Projection, start: Any, size: int) -> I
         )
     )
     if projection.retiles and size < inputs.kernel.shape[projection.vocab_axis]:
-        parts = parts._replace(kernel=gather_classes(inputs.kernel, start, size, projection.vocab_axis))
+        parts = parts._replace(kernel=retiled_classes(inputs.kernel, start, size, projection.vocab_axis))
     indices = None if inputs.indices is None else inputs.indices - start
     # Both products of a block read it, from on-chip memory if it is brought there first.
     return parts._replace(kernel=lax.optimization_barrier(parts.kernel), indices=indices)
