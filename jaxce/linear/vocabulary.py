@@ -106,7 +106,11 @@ def backward(
     if sums is not None:
         grads = grads._replace(**{name: getattr(sums, name) for name in _SHARED})
     dhidden = jnp.zeros(inputs.hidden.shape, working_dtype(matmul_dtype(inputs.hidden, inputs.kernel)))
-    if not projection.retiles:  # tie it to the forward pass, or it takes up on-chip memory meanwhile
+    # Tied to the forward pass, or one of them takes up memory meanwhile: dhidden on chip, or hidden states retiled.
+    if projection.retiles:
+        hidden, stats = lax.optimization_barrier((inputs.hidden, stats))
+        inputs = inputs._replace(hidden=hidden)
+    else:
         dhidden, stats = lax.optimization_barrier((dhidden, stats))
     grads = grads._replace(hidden=dhidden, indices=None, where=None)
     grads = over_blocks(inputs.kernel.shape[projection.vocab_axis], block_v, block, grads)
