@@ -23,6 +23,7 @@ class Projection(NamedTuple):
     vocab_axis: int = 1  # of the kernel: 1 for [D, V], 0 for [V, D]
     precision: Any = None
     retiles: bool = False  # for a chip that copies sliced kernels, see `jaxce.linear.plan`
+    wide_backward: bool = False  # blocks a quarter wider than in the forward pass, see `jaxce.linear.plan`
     transposes: bool = False  # hidden states once, rather than in the product of every block
 
 

@@ -76,6 +76,8 @@ def backward(
 
     With `sums`, what is shared between tokens is added to them.
     """
+    if projection.wide_backward and kept is None:
+        block_v = max(block_v, block_v * 5 // 4 // 128 * 128)
     rows = tuple(range(inputs.hidden.ndim - 1))
     hidden_t = lax.optimization_barrier(jnp.moveaxis(inputs.hidden, -1, 0)) if projection.transposes else None
 
