@@ -18,6 +18,7 @@ from jax.experimental import checkify
 import jaxce
 from jaxce import SparseTargets, linear_cross_entropy, softmax_cross_entropy
 from jaxce.linear import plan as plans
+from jaxce.linear.blocks import retiled_classes
 from tests import oracle
 
 EPS = float(np.finfo(np.float32).eps)
@@ -622,3 +623,41 @@ def test_precision_reaches_every_matmul(rng, mode):
     found = [eqn.params["precision"] for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
     assert found
     assert all(p == (jax.lax.Precision.HIGHEST,) * 2 for p in found)
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_a_retiled_block_is_the_block_and_has_its_derivatives(dtype, vocab_axis):
+    kernel = jnp.asarray(np.random.default_rng(0).standard_normal((5, 7)), dtype)
+
+    def retiled(k):
+        return retiled_classes(k, 2, 3, vocab_axis)
+
+    def sliced(k):
+        return k[2:5] if vocab_axis == 0 else k[:, 2:5]
+
+    np.testing.assert_array_equal(retiled(kernel), sliced(kernel))
+    for derivative in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_array_equal(derivative(retiled)(kernel), derivative(sliced)(kernel))
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+def test_a_chip_that_retiles_gets_the_same_gradients_of_gradients(vocab_axis):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((N, D)), jnp.float16)
+    kernel = jnp.asarray(rng.standard_normal((D, V) if vocab_axis else (V, D)), jnp.float16)
+    labels = jnp.asarray(rng.integers(0, V, N))
+
+    def second(k):
+        def loss(k):
+            return linear_cross_entropy(hidden, k, labels, vocab_axis=vocab_axis, reduction="mean")
+
+        return jax.grad(lambda k: jnp.sum(jax.grad(loss)(k).astype(jnp.float32) ** 2))(k)
+
+    with blocks("recompute"):
+        expected = second(kernel)
+        jax.clear_caches()
+        with mock.patch.object(plans, "retiles", return_value=True):
+            found = second(kernel)
+    assert np.abs(expected.astype(np.float32)).max() > 0
+    np.testing.assert_array_equal(found, expected)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -23,6 +24,7 @@ class Projection(NamedTuple):
     vocab_axis: int = 1  # of the kernel: 1 for [D, V], 0 for [V, D]
     precision: Any = None
     retiles: bool = False  # for a chip that copies sliced kernels, see `jaxce.linear.plan`
+    wide_backward: bool = False  # blocks a quarter wider than in the forward pass, see `jaxce.linear.plan`
     transposes: bool = False  # hidden states once, rather than in the product of every block
 
 
@@ -45,19 +47,25 @@ def put(whole: Array, part: Array, start: Any, axis: int) -> Array:
     return lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis % whole.ndim)
 
 
-def gather_classes(kernel: Array, start: Any, size: int, vocab_axis: int) -> Array:
-    """`take` of a block of the kernel, as a gather of rows or of two halves (see "Retiling" in `jaxce.linear.plan`)."""
-    D = kernel.shape[1 - vocab_axis]
-    start = jnp.asarray(start, jnp.int32)
+def retiled_classes(kernel: Array, start: Any, size: int, vocab_axis: int) -> Array:
+    """`take` of a block of the kernel, retiled on its way (see "Retiling" in `jaxce.linear.plan`)."""
     if vocab_axis == 0:
-        rows = kernel.at[start + jnp.arange(size, dtype=jnp.int32)]
+        rows = kernel.at[jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32)]
         return rows.get(mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
-    if D % 2:
-        return take(kernel, start, size, 1)
-    corners = jnp.stack([jnp.array([0, D // 2], jnp.int32), jnp.stack([start, start])], -1)
-    halves = lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0, 1))
-    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
-    return lax.gather(kernel, corners, halves, (D // 2, size), mode=mode).reshape(D, size)
+    part = take(kernel, start, size, 1)
+    return _widened_and_narrowed(part) if kernel.dtype.itemsize == 2 else part
+
+
+@jax.custom_jvp
+def _widened_and_narrowed(x: Array) -> Array:
+    """`x`, in 32 bits on its way. As integers: compilers drop a detour by way of float32."""
+    wide = lax.optimization_barrier(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32))
+    return lax.bitcast_convert_type(wide.astype(jnp.uint16), x.dtype)
+
+
+@_widened_and_narrowed.defjvp
+def _widened_and_narrowed_jvp(primals, tangents):  # integers would have no derivative
+    return _widened_and_narrowed(*primals), tangents[0]
 
 
 def participating(where: Array | None, shape: tuple[int, ...], block_v: int, axis_name: AxisNames = ()) -> Array | None:

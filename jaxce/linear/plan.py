@@ -11,7 +11,8 @@ larger ones spill (2048: 68 MB). On CPU the time depends little on it, but small
 
 **Retiling.** Compiled for TPU7x, operands of matmuls are wanted in tiles of 16 x 128, while arguments and results come
 in tiles of 8 x 128. A kernel that a loop slices is copied whole before the loop, once for each pass: 1.2 GB for
-131,072 classes. What a gather picks is retiled as it comes; gradients are rounded after they were retiled.
+131,072 classes. Rows that a gather picks are retiled as they come; columns, once they were widened to 32 bits and
+narrowed again. Gradients are rounded after they were retiled.
 """
 
 from __future__ import annotations
@@ -204,6 +205,11 @@ def chip() -> tuple[str, str]:
 def retiles() -> bool:
     """See "Retiling" above."""
     return chip()[1] == "TPU7x"
+
+
+def widens_backward() -> bool:
+    """The backward pass keeps its blocks in the input dtype. On TPU v6e a quarter more of them fits on chip."""
+    return chip()[1] == "TPU v6 lite"
 
 
 def transposes() -> bool:

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxce.gradient import Row, effective, gradient
-from jaxce.linear.blocks import Projection, gather_classes, gradients, logits, matmul_dtype, over_blocks, put, take
+from jaxce.linear.blocks import Projection, gradients, logits, matmul_dtype, over_blocks, put, retiled_classes, take
 from jaxce.sharding import shard_start, sum_over, vary, varying
 from jaxce.stats import Gap, RowStats, Spec, Terms, merge, merge_shards, row_stats, working_dtype
 
@@ -77,6 +77,8 @@ def backward(
 
     With `sums`, what is shared between tokens is added to them.
     """
+    if projection.wide_backward and kept is None:
+        block_v = max(block_v, block_v * 5 // 4 // 128 * 128)
     rows = tuple(range(inputs.hidden.ndim - 1))
     hidden_t = lax.optimization_barrier(jnp.moveaxis(inputs.hidden, -1, 0)) if projection.transposes else None
 
@@ -108,7 +110,11 @@ def backward(
         grads = grads._replace(**{name: getattr(sums, name) for name in _SHARED})
     dhidden = jnp.zeros(inputs.hidden.shape, working_dtype(matmul_dtype(inputs.hidden, inputs.kernel)))
     grads, dhidden = vary((grads, dhidden), varying(inputs))
-    if not projection.retiles:  # tie it to the forward pass, or it takes up on-chip memory meanwhile
+    # Tied to the forward pass, or one of them takes up memory meanwhile: dhidden on chip, or hidden states retiled.
+    if projection.retiles:
+        hidden, stats = lax.optimization_barrier((inputs.hidden, stats))
+        inputs = inputs._replace(hidden=hidden)
+    else:
         dhidden, stats = lax.optimization_barrier((dhidden, stats))
     grads = grads._replace(hidden=dhidden, indices=None, where=None)
     grads = over_blocks(inputs.kernel.shape[projection.vocab_axis], block_v, block, grads)
@@ -131,7 +137,7 @@ def _classes(inputs: Inputs, projection: Projection, start: Any, size: int) -> I
         )
     )
     if projection.retiles and size < inputs.kernel.shape[projection.vocab_axis]:
-        parts = parts._replace(kernel=gather_classes(inputs.kernel, start, size, projection.vocab_axis))
+        parts = parts._replace(kernel=retiled_classes(inputs.kernel, start, size, projection.vocab_axis))
     indices = None if inputs.indices is None else inputs.indices - start
     # Both products of a block read it, from on-chip memory if it is brought there first.
     return parts._replace(kernel=lax.optimization_barrier(parts.kernel), indices=indices)
