@@ -46,6 +46,11 @@ class Options:
         """Which terms the loss is composed from."""
         return Spec(self.logit_softcap, self.label_smoothing, self.return_aux, self.axis_name)
 
+    @property
+    def nll_spec(self) -> Spec:
+        """The same for the negative log-likelihood alone."""
+        return Spec(self.logit_softcap, axis_name=self.axis_name)
+
 
 class Amounts(NamedTuple):
     """The options that are arrays: they may be traced and differentiated."""

@@ -225,8 +225,7 @@ def loss_of_logits(
     unweighted = prediction = None
     if options.return_aux:
         if weighted is not probs:
-            bare = options.spec._replace(smoothing=False, entropy=False)
-            unweighted = terms_of(bare, rows[0], None, vary(probs, varying(rows)), None, where).target
+            unweighted = terms_of(options.nll_spec, rows[0], None, vary(probs, varying(rows)), None, where).target
         z = effective(Spec(), logits, where)
         argmax = jnp.argmax(z, -1).astype(jnp.int32) + start
         prediction = merge_argmax(jnp.max(z, -1).astype(working_dtype(z.dtype)), argmax, axes)

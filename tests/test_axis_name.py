@@ -341,6 +341,31 @@ def test_second_derivatives(rng):
     np.testing.assert_allclose(jax.jit(mapped)(z, labels, v), product(z, labels, v), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_vmap_scan_and_checkpoint(rng, mode):
+    """A loop over parts of the batch, each recomputed for its gradient, of losses lifted over single tokens."""
+    args = linear_arguments(rng, "index", batch=(6,), v=32)
+    h, k, labels = (np.asarray(args[name]) for name in ("hidden", "kernel", "targets"))
+
+    def total(h, k, labels, **options):
+        @jax.checkpoint
+        def part(h, labels):
+            loss = functools.partial(linear_cross_entropy, reduction="sum", mode=mode, **options)
+            return jnp.sum(jax.vmap(lambda h, label: loss(h[None], k, label[None]))(h, labels))
+
+        parts = h.reshape(3, 2, -1), labels.reshape(3, 2)
+        return lax.scan(lambda sum, x: (sum + part(*x), None), jnp.zeros(()), parts)[0]
+
+    mapped = jax.shard_map(
+        jax.grad(functools.partial(total, axis_name="v"), (0, 1)),
+        mesh=mesh_of(4),
+        in_specs=(P(), P(None, "v"), P()),
+        out_specs=(P(), P(None, "v")),
+    )
+    for got, want in zip(jax.jit(mapped)(h, k, labels), jax.grad(total, (0, 1))(h, k, labels), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2000 * EPS, atol=2000 * EPS * np.abs(want).max())
+
+
 def test_forward_mode(rng):
     args = make_arguments(rng, "probs")
     z, t, v = args["logits"], args["targets"], rng.normal(size=(N, V)).astype(np.float32)

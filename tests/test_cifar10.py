@@ -418,6 +418,14 @@ def test_writes_history_and_curves(tmp_path, no_network, console):
     for row in history["epochs"]:
         assert row["skill"] == pytest.approx(1 - row["test_loss"] / 2.302585092994046)
 
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["examples"] == 100
+    assert report["loss"] == pytest.approx(rows[-1].test_loss, rel=100 * EPS)
+    assert report["accuracy"] == pytest.approx(rows[-1].test_accuracy, rel=100 * EPS)
+    assert [c["name"] for c in report["per_class"]] == [str(digit) for digit in range(10)]
+    assert report["findings"][0] in output(console)
+    assert imread(tmp_path / "report.png").shape[:2] == (576, 1800)
+
     picture = imread(tmp_path / "curves.png")
     assert picture.shape[:2] == (480, 1200)
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10

@@ -33,7 +33,7 @@ MODULES = sorted(
 
 
 def test_public_names():
-    assert set(jaxce.__all__) == PUBLIC
+    assert set(jaxce.__all__) == PUBLIC | {"diagnostics"}
     assert list(jaxce.__all__) == sorted(jaxce.__all__)
     modules = {name.removeprefix("jaxce.") for name in MODULES} | {"examples"}
     assert {name for name in vars(jaxce) if not name.startswith("_")} - modules == PUBLIC

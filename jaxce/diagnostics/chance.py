@@ -143,8 +143,8 @@ def skill(loss: Any, num_classes: int | None = None, *, priors: Any = None, chan
 
     Example:
       >>> from jaxce import diagnostics
-      >>> print(diagnostics.skill(0.65, 10), diagnostics.skill(0.69, 2))
-      0.7177086 0.0045405626
+      >>> print(diagnostics.skill(0.65, 10))
+      0.7177086
 
     Note:
       McFadden's pseudo-R²: "Conditional logit analysis of qualitative choice behavior", 1974; a skill score as in

@@ -41,20 +41,20 @@ def _probabilities(report: Any) -> str:
 
 
 def _chance(report: Any) -> str:
-    guess, knows = min(report.chance, report.prior_chance), "the class frequencies"
-    if guess == report.chance:
-        knows = f"that there are {report.classes:,} classes"
-    if guess == 0:  # one class alone: knowing it is everything
+    if report.classes == 1:
         return ""
+    # Where one label alone occurs, its frequency tells everything, which is no standard to be held to.
+    guess = report.prior_chance or report.chance
+    how = "guessing with the class frequencies" if guess < 0.99 * report.chance else "guessing"
     beaten = guess - report.loss
     beside = f"loss {report.loss:.4g}, guessing {guess:.4g}"
     if beaten < -2 * report.standard_error:
-        return f"Worse than guessing from {knows} ({beside}): confident mistakes cost more than the rest gains."
-    if beaten <= 2 * report.standard_error or beaten < 1e-3 * guess:
-        return f"No better than guessing from {knows} ({beside})."
+        return f"Worse than {how} ({beside}): confident mistakes cost more than the rest gains."
+    if beaten <= max(2 * report.standard_error, 1e-3 * guess):
+        return f"No better than {how} ({beside})."
     share = beaten / guess
     degree = "Far better" if share >= 0.5 else "Better" if share >= 0.1 else "Barely better"
-    return f"{degree} than guessing from {knows} ({beside}): {share:.0%} of that loss is gone."
+    return f"{degree} than {how} ({beside}): {share:.0%} of that loss is gone."
 
 
 def _few(report: Any) -> str:
@@ -65,10 +65,10 @@ def _few(report: Any) -> str:
             break
         carried += example.cost
         if total > 0 and carried >= MOST * total and report.examples > 2:
-            noun = "example carries" if count == 1 else "examples carry"
+            verb = "carries" if count == 1 else "carry"
             return (
-                f"A few examples carry most of the loss: {count} of {report.examples:,} {noun} {carried / total:.0%}. "
-                "Look at their labels first."
+                f"A few examples carry most of the loss: {count} of {report.examples:,} examples {verb} "
+                f"{carried / total:.0%}. Look at their labels first."
             )
     share = report.wrong_loss * (1 - report.accuracy) / report.loss if report.accuracy < 1 and report.loss else 0
     if share >= MOST and report.accuracy > 0.5:

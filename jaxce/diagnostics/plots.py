@@ -32,19 +32,16 @@ def plot(report: Any) -> Any:
 def _reliability(axes: Any, report: Any) -> None:
     low, high, weight, accuracy = np.array([(b.low, b.high, b.weight, b.accuracy) for b in report.calibration]).T
     confidence = np.array([b.confidence for b in report.calibration])
-    some = weight > 0
-    share = axes.twinx()
-    share.bar(low, weight / report.weight, high - low, align="edge", color="0.85", label="share of examples")
-    share.set(ylim=(0, 1), ylabel="share of examples (bars)")
-    axes.set_zorder(share.get_zorder() + 1)  # the line in front of the bars
-    axes.patch.set_visible(False)
+    some = np.isfinite(accuracy)
+    shares = np.nan_to_num(weight / np.nansum(weight))
+    axes.bar(low, shares, high - low, align="edge", color="0.85", label="share of examples")
     axes.plot([0, 1], [0, 1], "--", color=REFERENCE, label="perfectly calibrated")
     axes.plot(confidence[some], accuracy[some], "o-", color=RIGHT, label="model")
     axes.set(
         xlim=(0, 1),
         ylim=(0, 1),
         xlabel="confidence",
-        ylabel="accuracy",
+        ylabel="accuracy of the bin",
         title=f"Reliability: expected calibration error {report.expected_calibration_error:.3f}",
     )
     axes.legend(loc="upper left")
@@ -61,27 +58,27 @@ def _histogram(axes: Any, report: Any) -> None:
     axes.bar(left, right[used], width, align="edge", color=RIGHT, label="right")
     axes.bar(left, wrong[used], width, bottom=right[used], align="edge", color=WRONG, hatch="//", edgecolor="white",
              linewidth=0, label="wrong")  # fmt: skip
-    axes.axvline(report.loss, color="black", label=f"mean, {report.loss:.3g}")
-    axes.axvline(report.chance, color=REFERENCE, linestyle="--", label=f"guessing, {report.chance:.3g}")
+    if np.isfinite(report.loss):
+        axes.axvline(report.loss, ymax=0.74, color="black", label=f"mean, {report.loss:.3g}")
+    axes.axvline(report.chance, ymax=0.74, color=REFERENCE, linestyle="--", label=f"guessing, {report.chance:.3g}")
     axes.set(
         xscale="log",
         xlabel="loss of an example (nats)",
         ylabel="examples",
         title="Losses of right and wrong predictions",
+        ylim=(0, 1.4 * max(1.0, float(np.nanmax(right + wrong)))),  # room for the legend, whatever the shape
     )
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper center", ncols=2)
 
 
 def _classes(axes: Any, report: Any) -> None:
-    seen = sorted((c for c in report.per_class if c.count), key=lambda c: -c.loss)
+    seen = sorted((c for c in report.per_class if c.count and np.isfinite(c.loss)), key=lambda c: -c.loss)
     shown = seen[:MAX_CLASSES]
     places = np.arange(len(shown))
-    axes.barh(places, [c.loss for c in shown], color=RIGHT, label="loss")
-    axes.plot(
-        [c.chance for c in shown], places, "D", color=WRONG, markeredgecolor="black", label="guessing by frequency"
-    )
+    axes.barh(places, [c.loss for c in shown], color=RIGHT)
+    axes.plot([c.chance for c in shown], places, "D", color="white", markeredgecolor="black")
     axes.set_yticks(places, [c.name if len(c.name) <= 18 else c.name[:17] + "…" for c in shown])
     axes.invert_yaxis()
     some = f", the {MAX_CLASSES} of {len(seen):,} that cost most" if len(seen) > MAX_CLASSES else ""
-    axes.set(xlabel="loss (nats)", title=f"Loss by class{some}", xlim=(0, None))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.32), ncols=2, frameon=False)
+    title = f"Loss by class{some} (◇ guessing by frequency)"
+    axes.set(xlabel="loss (nats)", ylabel="class", title=title, xlim=(0, None))

@@ -25,7 +25,7 @@ LOSS_EDGES = np.logspace(-6, 2, 41)
 )
 @dataclasses.dataclass(frozen=True)
 class Costliest:
-    """The m examples with the largest cost (weight times loss), largest first; NaN is above all, −inf fills up."""
+    """The m examples with the largest cost (weight times loss), largest first; NaN counts as inf, −inf fills up."""
 
     index: Array
     label: Array
@@ -36,7 +36,8 @@ class Costliest:
     def merge(self, other: Costliest, offset: Array) -> Costliest:
         other = dataclasses.replace(other, index=other.index + offset)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self, other)
-        _, best = jax.lax.top_k(both.cost, self.cost.shape[0])
+        # Not NaN itself, which top_k orders differently from one version of JAX to the next.
+        _, best = jax.lax.top_k(jnp.where(jnp.isnan(both.cost), jnp.inf, both.cost), self.cost.shape[0])
         return jax.tree.map(lambda x: x[best], both)
 
 

@@ -100,5 +100,7 @@ def _fit(logits: Array, labels: Array, weights: Array, low: float, high: float, 
 
     start = jnp.clip(jnp.asarray(1, dtype), smallest, largest)
     found = lax.while_loop(wants_more, improve, (0, smallest, largest, start, start + 1))[3]
-    found = jnp.where(slope(smallest) > 0, smallest, jnp.where(slope(largest) < 0, largest, found))
+    first, last = slope(smallest), slope(largest)
+    separable = (first < 0) & (last <= 0)  # the slope of a perfect model underflows to 0 long before the bound
+    found = jnp.where(first > 0, smallest, jnp.where(separable, largest, found))
     return jnp.where(jnp.isfinite(loss(found)), 1 / found, jnp.nan)

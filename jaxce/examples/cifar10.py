@@ -9,7 +9,8 @@
 
 CIFAR-10 (the official binary version, 162 MB) is downloaded when --data-dir does not hold it;
 without a network the program trains on scikit-learn's digits instead. It prints a row per epoch
-and writes curves.png, history.json and checkpoint/ to --output-dir.
+and, at the end, a report of what the loss on the test images means; it writes curves.png,
+report.png, history.json, report.json and checkpoint/ to --output-dir.
 
 Needs the extra: pip install "jaxce[examples]"
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -145,6 +147,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, settings, self.steps_per_epoch)
         self._train_step = make_train_step(settings, data.mirrors)
         self._test_step = make_test_step(settings)
+        self._summary_step = nnx.jit(lambda model, images, labels: jaxce.diagnostics.summarize(model(images), labels))
 
     @property
     def modules(self) -> tuple[nnx.Module, nnx.Optimizer]:
@@ -174,6 +177,18 @@ class Trainer:
             totals += jax.device_get(self._test_step(model, images[batch], labels[batch]))
         loss, accuracy = totals / len(labels)
         return float(loss), float(accuracy)
+
+    def report(self) -> jaxce.diagnostics.Report:
+        """What the loss on the test images means."""
+        model = nnx.view(self.model, use_running_average=True)
+        images, labels = self.data.test_images, self.data.test_labels
+        summaries = []
+        for start in range(0, len(labels), EVALUATION_BATCH):
+            batch = slice(start, start + EVALUATION_BATCH)
+            summaries.append(self._summary_step(model, images[batch], labels[batch]))
+        return jaxce.diagnostics.finish(
+            functools.reduce(jaxce.diagnostics.merge, summaries), class_names=self.data.class_names
+        )
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Indices of the batches, in an order that only (seed, epoch) decide.
@@ -291,7 +306,10 @@ def run(
     title = f"{data.name}, {settings.recipe} recipe, {settings.loss} loss: accuracy {rows[-1].test_accuracy:.1%}"
     cifar10_report.plot_history(output_dir / "curves.png", title, start_loss, rows)
     cifar10_report.write_history(output_dir / "history.json", about, start_loss, rows)
-    console.print(f"wrote curves.png, history.json and checkpoint/ to {output_dir}")
+    report = trainer.report()
+    console.print(f"\nWhat the loss on the {len(data.test_labels):,} test images means\n\n{report}\n")
+    cifar10_report.write_report(output_dir, report)
+    console.print(f"wrote curves.png, report.png, history.json, report.json and checkpoint/ to {output_dir}")
     return rows
 
 

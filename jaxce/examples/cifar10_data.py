@@ -27,6 +27,7 @@ TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILE = "test_batch.bin"
 
 NUM_CLASSES = 10  # of CIFAR-10 and of the digits alike
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 RECORDS_PER_FILE = 10_000
 IMAGE_SHAPE = (3, 32, 32)  # as stored: one colour plane after the other
 RECORD_BYTES = 1 + 3 * 32 * 32
@@ -49,6 +50,7 @@ class Dataset:
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
+    class_names: tuple[str, ...]
     mirrors: bool  # whether a mirrored image still shows its class: a dog does, a 7 does not
 
     def __str__(self) -> str:
@@ -105,6 +107,7 @@ def load_cifar10(data_dir: Path, console: Console) -> Dataset:
         train_labels=np.concatenate([labels for _, labels in train]),
         test_images=test_images,
         test_labels=test_labels,
+        class_names=CIFAR10_CLASSES,
         mirrors=True,
     )
 
@@ -118,7 +121,8 @@ def load_digits() -> Dataset:
     order = np.random.default_rng(0).permutation(len(digits.target))
     images = (digits.images[order, :, :, None] * (255 / 16)).astype(np.uint8)
     labels = digits.target[order].astype(np.int32)
-    return Dataset("digits", images[:1437], labels[:1437], images[1437:], labels[1437:], False)
+    names = tuple(map(str, digits.target_names))
+    return Dataset("digits", images[:1437], labels[:1437], images[1437:], labels[1437:], names, mirrors=False)
 
 
 def find(data_dir: Path) -> Path | None:

@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from jaxce.diagnostics import Report
 from jaxce.examples.cifar10_data import NUM_CLASSES
 from jaxce.examples.common import START_MARGIN, versions
 
@@ -64,6 +65,12 @@ def write_history(path: Path, about: dict[str, Any], start_loss: float, rows: Se
         "epochs": [dataclasses.asdict(row) | {"skill": row.skill} for row in rows],
     }
     path.write_text(json.dumps(history, indent=2) + "\n")
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """What the loss on the test images means: its picture and its numbers."""
+    report.plot().savefig(folder / "report.png", dpi=120)
+    (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
 
 
 def plot_history(path: Path, title: str, start_loss: float, rows: Sequence[EpochRow]) -> None:

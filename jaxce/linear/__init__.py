@@ -151,7 +151,8 @@ def plan_linear_cross_entropy(hidden: Any, kernel: Any, targets: Any, **options:
     floating-point operations.
 
     Args:
-      hidden, kernel, targets, options: as there; arrays or `jax.ShapeDtypeStruct`. Nothing is computed.
+      hidden, kernel, targets, options: as there; arrays or `jax.ShapeDtypeStruct`. Nothing is computed. Of what is
+        split over devices, give one device's share: plan and budget are for each.
 
     Returns:
       A `LinearPlan`; `print` shows it.

@@ -48,8 +48,7 @@ def recomputed_loss(
     terms, prediction = linear_terms(projection, block_v, options.spec, inputs)
     unweighted = None
     if (without := without_class_weights(inputs, options)) is not None:
-        bare = options.spec._replace(smoothing=False, entropy=False)
-        unweighted = linear_terms(projection, block_v, bare, without)[0].target
+        unweighted = linear_terms(projection, block_v, options.nll_spec, without)[0].target
     shape = (*tokens.hidden.shape[:-1], shared.kernel.shape[projection.vocab_axis])
     return compose(
         terms,

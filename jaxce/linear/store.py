@@ -105,8 +105,7 @@ def _block(
     stats, kept = vocabulary.forward(projection, block_v, spec, inputs, keep=True)
     unweighted = None
     if (without := without_class_weights(inputs, options)) is not None:
-        bare = spec._replace(smoothing=False, entropy=False)
-        unweighted = vocabulary.forward(projection, block_v, bare, without, kept=kept)[0]
+        unweighted = vocabulary.forward(projection, block_v, options.nll_spec, without, kept=kept)[0]
     shape = (tokens.hidden.shape[0], shared.kernel.shape[projection.vocab_axis])
 
     def loss(terms: Terms, probs: Array | None, amounts: Amounts) -> tuple[Array, CrossEntropyAux | None]:
