@@ -204,8 +204,9 @@ def _checked(
     kernel = checks.float_array("kernel", kernel)
     *batch, D = hidden.shape
     checks.one_of("vocab_axis", vocab_axis, (0, 1, -2, -1))
+    vocab_axis %= 2
     projection = blocks.Projection(
-        vocab_axis % 2, precision, plans.retiles(), plans.widens_backward(), plans.transposes()
+        vocab_axis, precision, plans.retiles(), plans.transposes(), *plans.block_eighths(vocab_axis)
     )
     checks.kernel(kernel, D, projection.vocab_axis)
     V = kernel.shape[projection.vocab_axis]

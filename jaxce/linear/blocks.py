@@ -24,8 +24,14 @@ class Projection(NamedTuple):
     vocab_axis: int = 1  # of the kernel: 1 for [D, V], 0 for [V, D]
     precision: Any = None
     retiles: bool = False  # for a chip that copies sliced kernels, see `jaxce.linear.plan`
-    wide_backward: bool = False  # blocks a quarter wider than in the forward pass, see `jaxce.linear.plan`
     transposes: bool = False  # hidden states once, rather than in the product of every block
+    forward_eighths: int = 8  # of the plan's block of classes, see `jaxce.linear.plan`
+    backward_eighths: int = 8
+
+
+def scaled(block_v: int, eighths: int) -> int:
+    """So many eighths of a block, still whole tiles if it was."""
+    return block_v if eighths == 8 else max(block_v * eighths // 8 // 128 * 128, min(block_v, 128))
 
 
 def over_blocks(length: int, size: int, block: Callable[[Any, int, State], State], state: State) -> State:

@@ -207,9 +207,15 @@ def retiles() -> bool:
     return chip()[1] == "TPU7x"
 
 
-def widens_backward() -> bool:
-    """The backward pass keeps its blocks in the input dtype. On TPU v6e a quarter more of them fits on chip."""
-    return chip()[1] == "TPU v6 lite"
+def block_eighths(vocab_axis: int) -> tuple[int, int]:
+    """The blocks of the forward and of the backward pass, in eighths of the plan's.
+
+    The backward pass keeps its blocks in the input dtype, so more of them fit on chip. On TPU7x, blocks of [D, V] that
+    are not a power of two escape a transposition.
+    """
+    if chip()[1] == "TPU v6 lite":
+        return 8, 10
+    return (7, 9) if chip()[1] == "TPU7x" and vocab_axis == 1 else (8, 8)
 
 
 def transposes() -> bool:

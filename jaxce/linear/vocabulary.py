@@ -12,7 +12,17 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxce.gradient import Row, effective, gradient
-from jaxce.linear.blocks import Projection, gradients, logits, matmul_dtype, over_blocks, put, retiled_classes, take
+from jaxce.linear.blocks import (
+    Projection,
+    gradients,
+    logits,
+    matmul_dtype,
+    over_blocks,
+    put,
+    retiled_classes,
+    scaled,
+    take,
+)
 from jaxce.sharding import shard_start, sum_over, vary, varying
 from jaxce.stats import Gap, RowStats, Spec, Terms, merge, merge_shards, row_stats, working_dtype
 
@@ -54,6 +64,8 @@ def forward(
             stats = stats._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + jnp.asarray(first + start, jnp.int32))
         return merge(before, stats), all_logits
 
+    if not keep and kept is None:
+        block_v = scaled(block_v, projection.forward_eighths)
     V = inputs.kernel.shape[projection.vocab_axis]
     first = shard_start(V, spec.axis_name)
     nothing = _no_classes(spec, inputs)
@@ -77,8 +89,8 @@ def backward(
 
     With `sums`, what is shared between tokens is added to them.
     """
-    if projection.wide_backward and kept is None:
-        block_v = max(block_v, block_v * 5 // 4 // 128 * 128)
+    if kept is None:
+        block_v = scaled(block_v, projection.backward_eighths)
     rows = tuple(range(inputs.hidden.ndim - 1))
     hidden_t = lax.optimization_barrier(jnp.moveaxis(inputs.hidden, -1, 0)) if projection.transposes else None
 
