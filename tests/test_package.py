@@ -26,7 +26,12 @@ PUBLIC = {
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
 }
-FUNCTIONS = sorted(name for name in PUBLIC if inspect.isfunction(getattr(jaxce, name)))
+FUNCTIONS = {
+    name: function
+    for place in (jaxce, jaxce.diagnostics)
+    for name in place.__all__
+    if inspect.isfunction(function := getattr(place, name))
+}
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(jaxce.__path__, "jaxce.") if not info.name.startswith("jaxce.examples")
 )
@@ -79,8 +84,7 @@ def test_every_public_name_has_a_doctest_or_is_only_returned():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstrings_have_every_section(name):
-    function = getattr(jaxce, name)
-    doc = inspect.getdoc(function)
+    doc = inspect.getdoc(FUNCTIONS[name])
     first, blank = doc.split("\n")[:2]
     assert first.endswith(".")
     assert blank == ""
@@ -91,7 +95,7 @@ def test_docstrings_have_every_section(name):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_docstrings_name_every_argument(name):
-    function = getattr(jaxce, name)
+    function = FUNCTIONS[name]
     args = inspect.getdoc(function).split("\nArgs:\n")[1].split("\nReturns:\n")[0]
     documented = re.findall(r"^  (\w+(?:, \w+)*): ", args, re.MULTILINE)
     names = [n for entry in documented for n in entry.split(", ")]
