@@ -230,6 +230,7 @@ def _checked(
         kernel.dtype,
         None if by_kind.indices is None else by_kind.indices.shape[-1],
         constants,
+        weights=amounts.weights is not None,
         class_weights=amounts.class_weights is not None,
         mask_per_token=where is not None and math.prod(where.shape[:-1]) > 1,
     )

@@ -31,11 +31,12 @@ MODES = ("recompute", "store")
 
 _LANES = 128  # blocks of classes are multiples of this
 _BLOCK = 2**23  # logits in a block, "recompute"
-_CPU_BLOCK = 2**21
+_CPU_BLOCK = 2**22
 _KERNEL_BLOCK = 2**22  # numbers in a block of the kernel
 _KEPT = 2**26  # logits of a block of tokens, "store"; more of them are summed up faster, but take more memory
 _MOST_TOKENS, _FEWEST_TOKENS = 1024, 256
-_KEPT_BLOCK = 2**20  # the part of them that is worked on at once
+_KEPT_BLOCK = 2**21  # the part of them that is worked on at once
+_KEPT_WHOLE = 2**24  # all of them at once up to here: without slices of the kernel, and never written twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Problem:
     kernel: jnp.dtype
     entries: int | None  # K of index targets, None for probabilities [N, V]
     options: Options
+    weights: bool
     class_weights: bool
     mask_per_token: bool
 
@@ -61,11 +63,19 @@ class Problem:
         return working_dtype(self.matmul)
 
     @property
+    def plain(self) -> bool:
+        """Without the options that need more arrays as large as a block of logits."""
+        o = self.options
+        more = o.logit_softcap is not None or o.label_smoothing or o.return_aux or self.class_weights
+        return not (more or self.mask_per_token)
+
+    @property
     def arrays(self) -> int:
         """How many arrays as large as a block of logits are alive at once: logits, gradient, and what options need."""
-        dense, o = self.entries is None, self.options
-        more = o.logit_softcap is not None or o.label_smoothing or o.return_aux or self.class_weights
-        return 2 + dense + more * (1 + dense)
+        dense = self.entries is None
+        if self.plain:
+            return 3 if self.entries != 1 else 2
+        return 3 + 2 * dense + (dense and self.class_weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +146,8 @@ def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
         blocks = [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES), _LANES)]
     else:
         sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1), 8)
-        blocks = [(n, _sizes(V, max(_KEPT_BLOCK // max(n, 1), 4 * _LANES), _LANES)[0]) for n in sizes]
+        part = [V if problem.plain and n * V <= _KEPT_WHOLE else max(_KEPT_BLOCK // max(n, 1), 4 * _LANES) for n in sizes]
+        blocks = [(n, _sizes(V, target, _LANES)[0]) for n, target in zip(sizes, part, strict=True)]
     bytes_of = _recompute_bytes if mode == "recompute" else _store_bytes
     return [
         LinearPlan(
@@ -171,19 +182,24 @@ def _recompute_bytes(p: Problem, block_n: int, block_v: int) -> int:
 
 
 def _store_bytes(p: Problem, block_n: int, block_v: int) -> int:
-    kept = block_n + p.N % max(block_n, 1)  # the block that is left at the end has memory of its own
+    rows = block_n + p.N % max(block_n, 1)  # the block that is left at the end has memory of its own
     sums = 0 if p.kernel == p.working else p.D * p.V * p.working.itemsize
-    arrays = 1 + (p.entries is None) + p.mask_per_token / 4  # logits; probabilities and masks of the same tokens
-    return int(arrays * kept * p.V) * p.working.itemsize + sums + _block_bytes(p, kept, block_v) + _row_bytes(p)
+    skips = block_n < p.N and (p.weights or p.options.ignore_index is not None)
+    logits = block_n * p.V  # one array for all blocks
+    if block_v == p.V and not skips:  # the gradient takes its place
+        logits = 0
+    same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
+    return (logits + same_tokens) * p.working.itemsize + sums + _block_bytes(p, rows, block_v) + _row_bytes(p)
 
 
 def _block_bytes(p: Problem, block_n: int, block_v: int) -> int:
     """A block of logits and what is made of it: arrays of its size, and the factors of the matmuls."""
     classes = min(block_v + p.V % block_v, p.V)
-    factors = p.D * (block_n + 2 * classes)
+    narrow = not p.hidden == p.kernel == p.working
+    factors = p.D * (block_n + (2 * classes if narrow or block_v < p.V else 0))
     size = p.arrays * block_n * classes + factors
-    if not p.hidden == p.kernel == p.working:  # narrow, and on CPU widened again for the matmuls
-        size += 2 * (block_n * classes + factors)
+    if narrow:  # and on CPU widened again for the matmuls
+        size += block_n * classes + factors
     return size * p.working.itemsize
 
 

@@ -17,7 +17,7 @@ from jaxce.compose import Amounts, CrossEntropyAux, Options, compose, unused_exa
 from jaxce.linear import vocabulary
 from jaxce.linear.blocks import Projection, matmul_dtype, over_blocks, participating, put, take
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, row_axes, targets_of, without_class_weights
-from jaxce.sharding import shard_count, vary
+from jaxce.sharding import shard_count, vary, varying
 from jaxce.stats import Terms, finish, working_dtype
 from jaxce.targets import Targets
 
@@ -27,6 +27,7 @@ class _State(NamedTuple):
     aux: CrossEntropyAux | None
     tokens: Tokens  # gradients
     shared: Shared  # gradients, summed in the working dtype
+    logits: Array  # of the block at hand: one array for all blocks, which nobody has to clear
 
 
 def forward(
@@ -35,9 +36,11 @@ def forward(
     """The sum of the losses, the aux record, and the gradients of the sum."""
     n = tokens.hidden.shape[0]
     dtype = working_dtype(matmul_dtype(tokens.hidden, shared.kernel))
+    logits = lax.empty((min(block_n, n), shared.kernel.shape[projection.vocab_axis]), dtype)
+    logits = vary(logits, varying(tokens, shared))
     if 0 < n <= block_n and shared.kernel.dtype != jnp.float16:  # nothing to add up
         nothing = Shared(None, None, *(None if x is None else jnp.zeros_like(x, dtype) for x in shared[2:]))
-        return _block(projection, block_v, options, tokens, shared, nothing)
+        return _block(projection, block_v, options, tokens, shared, nothing, logits)[:-1]
     count, order = n, None
     if block_n < n and not options.return_aux:  # which says something of unused tokens too
         tokens, count, order = _used_first(tokens, shared, options, projection, block_v)
@@ -45,7 +48,9 @@ def forward(
     def block(start: Any, size: int, state: _State) -> _State:
         def add(state: _State) -> _State:
             x = jax.tree.map(lambda a: take(a, start, size, 0), tokens) if size < n else tokens
-            total, aux, written, sums = _block(projection, block_v, options, x, shared, state.shared)
+            total, aux, written, sums, logits = _block(
+                projection, block_v, options, x, shared, state.shared, state.logits
+            )
 
             def write(whole: Array, part: Array) -> Array:
                 return put(whole, part, start, 0)
@@ -55,6 +60,7 @@ def forward(
                 jax.tree.map(write, state.aux, aux),
                 jax.tree.map(write, state.tokens, written),
                 sums,
+                logits,
             )
 
         return add(state) if order is None else lax.cond(start < count, add, lambda state: state, state)
@@ -65,6 +71,7 @@ def forward(
         CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), rows) if options.return_aux else None,
         jax.tree.map(lambda x: jnp.zeros_like(x, _kept_in(x)), tokens._replace(indices=None, where=None)),
         jax.tree.map(lambda x: jnp.zeros_like(x, working_dtype(x.dtype)), shared),
+        logits,
     )
     if n:
         state = over_blocks(n, block_n, block, state)
@@ -95,14 +102,22 @@ def _used_first(
 
 
 def _block(
-    projection: Projection, block_v: int, options: Options, tokens: Tokens, shared: Shared, sums: Shared
-) -> tuple[Array, CrossEntropyAux | None, Tokens, Shared]:
+    projection: Projection,
+    block_v: int,
+    options: Options,
+    tokens: Tokens,
+    shared: Shared,
+    sums: Shared,
+    logits: Array,
+) -> tuple[Array, CrossEntropyAux | None, Tokens, Shared, Array]:
     """Loss, aux record and gradients of a block of tokens; what belongs to all tokens is added to `sums`.
+
+    The last result is the array `logits`, overwritten with those of this block.
 
     Without a kernel in `sums`, the gradients of kernel and bias are written as they are.
     """
     spec, inputs = options.spec, inputs_of(tokens, shared, projection, options)
-    stats, kept = vocabulary.forward(projection, block_v, spec, inputs, keep=True)
+    stats, kept = vocabulary.forward(projection, block_v, spec, inputs, keep_in=logits)
     unweighted = None
     if (without := without_class_weights(inputs, options)) is not None:
         unweighted = vocabulary.forward(projection, block_v, options.nll_spec, without, kept=kept)[0]
@@ -143,7 +158,7 @@ def _block(
     sums = sums._replace(kernel=grads.kernel, bias=grads.bias)
     if inputs.probs is not None:
         dprobs = grads.probs
-    return total, aux, Tokens(grads.hidden, None, dprobs, damounts.weights), sums
+    return total, aux, Tokens(grads.hidden, None, dprobs, damounts.weights), sums, kept
 
 
 def _kept_in(x: Array) -> jnp.dtype:

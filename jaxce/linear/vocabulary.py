@@ -48,15 +48,21 @@ _SHARED = ("kernel", "bias", "target_weights", "smoothing_weights")
 
 
 def forward(
-    projection: Projection, block_v: int, spec: Spec, inputs: Inputs, *, keep: bool = False, kept: Array | None = None
+    projection: Projection,
+    block_v: int,
+    spec: Spec,
+    inputs: Inputs,
+    *,
+    keep_in: Array | None = None,
+    kept: Array | None = None,
 ) -> tuple[RowStats, Array | None]:
-    """The record of every row; and its logits, if they are to be kept or have been."""
+    """The record of every row; and its logits, if they have been kept, or are to be, in an array with as many rows."""
 
     def block(start: Any, size: int, state: tuple[RowStats, Array | None]) -> tuple[RowStats, Array | None]:
         before, all_logits = state
         x = _classes(inputs, projection, start, size)
         z = _logits(x, projection, start, kept)
-        if keep:
+        if keep_in is not None:
             all_logits = put(all_logits, z, start, -1)
         z = effective(spec, z, x.where)
         stats = row_stats(z, spec, x.indices, _weighted(x), x.smoothing_weights, x.where)
@@ -64,13 +70,12 @@ def forward(
             stats = stats._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + jnp.asarray(first + start, jnp.int32))
         return merge(before, stats), all_logits
 
-    if not keep and kept is None:
+    if keep_in is None and kept is None:
         block_v = scaled(block_v, projection.forward_eighths)
     V = inputs.kernel.shape[projection.vocab_axis]
     first = shard_start(V, spec.axis_name)
-    nothing = _no_classes(spec, inputs)
-    all_logits = lax.empty((*nothing.max.shape, V), nothing.max.dtype) if keep else kept
-    stats, all_logits = over_blocks(V, block_v, block, vary((nothing, all_logits), varying(inputs)))
+    state = vary((_no_classes(spec, inputs), keep_in if kept is None else kept), varying(inputs))
+    stats, all_logits = over_blocks(V, block_v, block, state)
     return merge_shards(stats, spec.axis_name), all_logits
 
 
@@ -157,7 +162,7 @@ def _classes(inputs: Inputs, projection: Projection, start: Any, size: int) -> I
 
 def _logits(x: Inputs, projection: Projection, start: Any, kept: Array | None) -> Array:
     if kept is not None:
-        return take(kept, start, x.kernel.shape[projection.vocab_axis], -1)
+        return take(kept, start, x.kernel.shape[projection.vocab_axis], -1)[: len(x.hidden)]
     return logits(x.hidden, x.kernel, x.bias, projection)
 
 
