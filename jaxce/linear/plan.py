@@ -7,7 +7,8 @@ is the default there, and on GPU, where nothing was measured.
 
 **Blocks.** A block of logits of 2²³ numbers, 32 MiB, fits the on-chip memory of every TPU beside the other operands:
 1024 classes for 8192 tokens. Smaller blocks make the compiled programs slower (512: 67 M cycles for 54 M on v6e),
-larger ones spill (2048: 68 MB). On CPU the time depends little on it, but small blocks keep the memory small.
+larger ones spill (2048: 68 MB). On CPU products run at full speed while their result stays in the cache: up to 2²²
+numbers, and "store" is fastest in parts of 2²¹. Up to 2²⁴ logits it works on all of them at once.
 
 **Retiling.** Compiled for TPU7x, operands of matmuls are wanted in tiles of 16 x 128, while arguments and results come
 in tiles of 8 x 128. A kernel that a loop slices is copied whole before the loop, once for each pass: 1.2 GB for
@@ -146,7 +147,9 @@ def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
         blocks = [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES), _LANES)]
     else:
         sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1), 8)
-        part = [V if problem.plain and n * V <= _KEPT_WHOLE else max(_KEPT_BLOCK // max(n, 1), 4 * _LANES) for n in sizes]
+        part = [
+            V if problem.plain and n * V <= _KEPT_WHOLE else max(_KEPT_BLOCK // max(n, 1), 4 * _LANES) for n in sizes
+        ]
         blocks = [(n, _sizes(V, target, _LANES)[0]) for n, target in zip(sizes, part, strict=True)]
     bytes_of = _recompute_bytes if mode == "recompute" else _store_bytes
     return [
@@ -227,15 +230,17 @@ def block_eighths(vocab_axis: int) -> tuple[int, int]:
     """The blocks of the forward and of the backward pass, in eighths of the plan's.
 
     The backward pass keeps its blocks in the input dtype, so more of them fit on chip. On TPU7x, blocks of [D, V] that
-    are not a power of two escape a transposition.
+    are not a power of two escape a transposition, and a smaller first block of [V, D] leaves room for the second.
     """
     if chip()[1] == "TPU v6 lite":
         return 8, 10
-    return (7, 9) if chip()[1] == "TPU7x" and vocab_axis == 1 else (8, 8)
+    if chip()[1] == "TPU7x":
+        return 7, 9 if vocab_axis == 1 else 8
+    return 8, 8
 
 
 def transposes() -> bool:
-    """On CPU a product with its first factor transposed runs at two thirds of the speed of one without."""
+    """On CPU a product with its first factor transposed runs at about four fifths of the speed of one without."""
     return chip()[0] == "cpu"
 
 
