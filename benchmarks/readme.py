@@ -91,8 +91,8 @@ def linear_table(results: dict[str, Any]) -> str:
         markdown(["N x D x V", *heads], cpu),
         "",
         f"With half of the tokens ignored the first problem takes {half:.2f} of the time; with a kernel `[V, D]`, "
-        f"{swapped:.2f}. The three matmuls that it takes at least are {found['time of the three matmuls alone / optax']:.2f} "
-        "of optax's time.",
+        f"{swapped:.2f}. The three matmuls that it takes at least are "
+        f"{found['time of the three matmuls alone / optax']:.2f} of optax's time.",
         *_wrong_losses(rows),
     ]
     if results["tpu"]:
