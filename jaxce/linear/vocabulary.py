@@ -56,7 +56,7 @@ def forward(
     keep_in: Array | None = None,
     kept: Array | None = None,
 ) -> tuple[RowStats, Array | None]:
-    """The record of every row; and its logits, if they have been kept, or are to be, in an array of as many rows or more."""
+    """The record of every row; and its logits, if they have been kept, or are to be, in an array of enough rows."""
 
     def block(start: Any, size: int, state: tuple[RowStats, Array | None]) -> tuple[RowStats, Array | None]:
         before, all_logits = state
