@@ -12,14 +12,35 @@ from jaxce.stats import RowStats, Spec, Terms, exponentials, put, smoothing_dist
 
 
 class Row(NamedTuple):
-    """What a gradient is made from: logits `[..., V]`, all or some classes of the rows whose record is `stats`."""
+    """What a gradient is taken in: all or some of the classes of each row, logits `[..., V]` and what weighs them."""
 
     logits: Array
     indices: Array | None
     probs: Array | None
     smoothing_weights: Array | None
     where: Array | None
-    stats: RowStats
+
+
+class Factors(NamedTuple):
+    """What the gradients in all the classes of a row have in common.
+
+    dead: a row that is not finite, and on which nothing depends: it gives 0, and not NaN.
+    max: the largest logit; everything else is 0 where it is dead.
+    log_sum: log Σ exp(z − max).
+    scale: a/(1 + rest), what exp(z − max) is multiplied by; see `gradient`.
+    at_targets: the gradients of the logits at the K target indices.
+    target, smoothing: cotangents of these terms.
+    entropy: that of the entropy, divided by 1 + rest.
+    """
+
+    dead: Array
+    max: Array
+    log_sum: Array
+    scale: Array
+    at_targets: Array | None
+    target: Array
+    smoothing: Array | None
+    entropy: Array | None
 
 
 def effective(spec: Spec, logits: Array, where: Array | None) -> Array:
@@ -30,8 +51,26 @@ def effective(spec: Spec, logits: Array, where: Array | None) -> Array:
     return logits if where is None else jnp.where(mask_like(where, logits), logits, -jnp.inf)
 
 
-def gradient(spec: Spec, row: Row, ct: Terms) -> tuple[Array, Array | None, Array | None]:
-    """The gradients in logits, probs and smoothing_weights, for the cotangents of the terms of each row.
+def factors(spec: Spec, indices: Array | None, stats: RowStats, ct: Terms) -> Factors:
+    """What `gradient` needs to know of whole rows: their record, and the cotangents of the terms of each."""
+    dead = ~(jnp.isfinite(stats.max) & jnp.isfinite(stats.rest)) & ~_any_used(ct)
+    rest = _alive(dead, stats.rest)
+    inverse = 1 / (1 + rest)
+    a = ct.log_normalizer + (jnp.sum(ct.target, -1) if indices is not None else ct.target * stats.target.mass)
+    if spec.smoothing:
+        a = a + ct.smoothing * stats.smoothing.mass
+    at_targets = entropy = None
+    if spec.entropy:
+        entropy = ct.entropy * inverse
+        a = a - entropy * _alive(dead, stats.spread)
+    if indices is not None:
+        below = _alive(dead, stats.picked) - _alive(dead, stats.max)[..., None]
+        at_targets = _at_targets(indices, ct.target, a, below, rest, inverse, entropy)
+    return Factors(dead, stats.max, jnp.log1p(rest), a * inverse, at_targets, ct.target, ct.smoothing, entropy)
+
+
+def gradient(spec: Spec, row: Row, of: Factors) -> tuple[Array, Array | None, Array | None]:
+    """The gradients in logits, probs and smoothing_weights.
 
     With p = softmax(z): d/dz_j = a·p_j + h·p_j·(max − z_j) − τ_j − σ_j, and the exact form at index targets.
 
@@ -39,41 +78,28 @@ def gradient(spec: Spec, row: Row, ct: Terms) -> tuple[Array, Array | None, Arra
     (times the mass of their distributions) and −h times the mean of max − z; h is the cotangent of the entropy;
     τ and σ are target and smoothing distribution times their cotangents.
     """
-    stats = row.stats
-    dtype = stats.rest.dtype
-    # A row that is not finite gives NaN, unless nothing depends on it: then it gives 0, which takes finite numbers.
-    dead = ~(jnp.isfinite(stats.max) & jnp.isfinite(stats.rest)) & ~_any_used(ct)
-
-    def alive(x: Array) -> Array:
-        return jnp.where(dead.reshape(dead.shape + (1,) * (x.ndim - dead.ndim)), jnp.zeros_like(x), x)
+    dtype = of.scale.dtype
 
     def taking_part(x: Array) -> Array:
         return x if row.where is None else jnp.where(mask_like(row.where, x), x, jnp.zeros_like(x))
 
     z = effective(spec, row.logits, row.where)
-    maximum, rest = alive(stats.max), alive(stats.rest)
-    inverse = 1 / (1 + rest)
-    a = ct.log_normalizer + (jnp.sum(ct.target, -1) if row.indices is not None else ct.target * stats.target.mass)
-    if spec.smoothing:
-        a = a + ct.smoothing * stats.smoothing.mass
-    e = alive(exponentials(z, stats.max))
-    z = z.astype(dtype)
-    if spec.entropy:
-        h = ct.entropy * inverse
-        a = a - h * alive(stats.spread)
-        dz = e * ((a * inverse)[..., None] + h[..., None] * _finite_distance(maximum[..., None] - alive(z)))
-    else:
-        dz = e * (a * inverse)[..., None]
-    if row.indices is not None:
-        dz = put(dz, row.indices, _at_targets(spec, row.indices, ct, a, alive(stats.picked), maximum, rest, inverse))
+    e = _alive(of.dead, exponentials(z, of.max))
+    below = _alive(of.dead, of.max)[..., None] - _alive(of.dead, z.astype(dtype))
+    scale = of.scale[..., None]
+    if of.entropy is not None:
+        scale = scale + of.entropy[..., None] * _finite_distance(below)
+    dz = e * scale
+    if of.at_targets is not None:
+        dz = put(dz, row.indices, of.at_targets)
 
     dprobs = dweights = None
-    surprise = (maximum[..., None] - alive(z)) + jnp.log1p(rest)[..., None]  # −log p
+    surprise = below + of.log_sum[..., None]  # −log p
     if row.probs is not None:
-        dz = dz - ct.target[..., None] * row.probs.astype(dtype)
-        dprobs = taking_part(times(ct.target[..., None], surprise)).astype(row.probs.dtype)
-    if spec.smoothing:
-        share = ct.smoothing[..., None]
+        dz = dz - of.target[..., None] * row.probs.astype(dtype)
+        dprobs = taking_part(times(of.target[..., None], surprise)).astype(row.probs.dtype)
+    if of.smoothing is not None:
+        share = of.smoothing[..., None]
         dz = dz - share * smoothing_distribution(dz.shape, dtype, row.smoothing_weights, row.where)
         if row.smoothing_weights is not None:
             dweights = jnp.sum(taking_part(times(share, surprise)), tuple(range(dz.ndim - 1)))
@@ -84,28 +110,24 @@ def gradient(spec: Spec, row: Row, ct: Terms) -> tuple[Array, Array | None, Arra
     return dz.astype(row.logits.dtype), dprobs, dweights
 
 
+def _alive(dead: Array, x: Array) -> Array:
+    return jnp.where(dead.reshape(dead.shape + (1,) * (x.ndim - dead.ndim)), jnp.zeros_like(x), x)
+
+
 def _at_targets(
-    spec: Spec,
-    indices: Array,
-    ct: Terms,
-    a: Array,
-    picked: Array,
-    maximum: Array,
-    rest: Array,
-    inverse: Array,
+    indices: Array, target: Array, a: Array, below: Array, rest: Array, inverse: Array, entropy: Array | None
 ) -> Array:
-    """dz at the K target indices, before smoothing: p·a − c without the cancellation of p − 1.
+    """dz at the K target indices, before smoothing: p·a − c without the cancellation of p − 1. `below` is z − max.
 
     With c the sum of the cotangents of all entries on this class, p·a − c = p·(a − c) − (1 − p)·c, and the mass of all
     the other classes, 1 − p, is (rest − expm1(z − max))/(1 + rest): two numbers of one sign.
     """
-    below = picked - maximum[..., None]
     same = indices[..., :, None] == indices[..., None, :]
-    c = jnp.sum(jnp.where(same, ct.target[..., None, :], jnp.zeros_like(ct.target[..., None, :])), -1)
+    c = jnp.sum(jnp.where(same, target[..., None, :], jnp.zeros_like(target[..., None, :])), -1)
     others = rest[..., None] - jnp.expm1(below)
     value = jnp.exp(below) * (inverse[..., None] * (a[..., None] - c)) - (inverse[..., None] * c) * others
-    if spec.entropy:
-        value = value + jnp.exp(below) * ((inverse * ct.entropy)[..., None] * _finite_distance(-below))
+    if entropy is not None:
+        value = value + jnp.exp(below) * (entropy[..., None] * _finite_distance(-below))
     return value
 
 

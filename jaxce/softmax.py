@@ -13,10 +13,10 @@ from jax import Array
 
 from jaxce import autodiff, checks
 from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose, unused_examples
-from jaxce.gradient import Row, effective, gradient
+from jaxce.gradient import Row, effective, factors, gradient
 from jaxce.layout import class_count, classes_last
 from jaxce.sharding import shard_count, shard_start, sum_over, vary, varying
-from jaxce.stats import Spec, Terms, finish, merge_argmax, merge_shards, row_stats, working_dtype
+from jaxce.stats import RowStats, Spec, Terms, finish, merge_argmax, merge_shards, row_stats, working_dtype
 from jaxce.targets import Targets, sort_by_kind
 
 
@@ -265,11 +265,12 @@ def softmax_terms(
 def _terms_fwd(spec, logits, indices, probs, smoothing_weights, where):
     stats = row_stats(effective(spec, logits, where), spec, indices, probs, smoothing_weights, where)
     stats = merge_shards(stats, spec.axis_name)
-    return finish(stats), Row(logits, indices, probs, smoothing_weights, where, stats)
+    return finish(stats), (Row(logits, indices, probs, smoothing_weights, where), stats)
 
 
-def _terms_bwd(spec: Spec, row: Row, ct: Terms):
-    dlogits, dprobs, dweights = gradient(spec, row, ct)
+def _terms_bwd(spec: Spec, residuals: tuple[Row, RowStats], ct: Terms):
+    row, stats = residuals
+    dlogits, dprobs, dweights = gradient(spec, row, factors(spec, row.indices, stats, ct))
     return dlogits, None, dprobs, dweights, None
 
 

@@ -55,8 +55,6 @@ def test_memory_and_cycles(chip, vocab_axis, optax_cycles):
     n, v = 8192, 131072
     memory = {"v5e": 0.01, "v6e": 0.01, "v5p": 0.2, "tpu7x": 0.2}[chip]
     ratio = {"v5e": 1.5, "v6e": 1.15, "v5p": 1.5, "tpu7x": 1.3}[chip]
-    if jax.__version_info__ >= (0, 12) and chip == "tpu7x" and vocab_axis:
-        ratio = 1.4  # its compiler finds no room on chip for a block of logits
     program = jaxce_program(chip, n, v, vocab_axis)
     assert program["temp_bytes"] <= memory * 2 * D * (n + v)
     assert program["cycles"] <= ratio * optax_cycles(chip, n, v)

@@ -206,7 +206,12 @@ def _checked(
     checks.one_of("vocab_axis", vocab_axis, (0, 1, -2, -1))
     vocab_axis %= 2
     projection = blocks.Projection(
-        vocab_axis, precision, plans.retiles(), plans.transposes(), *plans.block_eighths(vocab_axis)
+        vocab_axis,
+        precision,
+        plans.retiles(),
+        plans.row_major(vocab_axis),
+        plans.transposes(),
+        *plans.block_eighths(vocab_axis),
     )
     checks.kernel(kernel, D, projection.vocab_axis)
     V = kernel.shape[projection.vocab_axis]

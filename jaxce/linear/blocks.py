@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from jaxce.layout import class_count
@@ -24,6 +25,7 @@ class Projection(NamedTuple):
     vocab_axis: int = 1  # of the kernel: 1 for [D, V], 0 for [V, D]
     precision: Any = None
     retiles: bool = False  # for a chip that copies sliced kernels, see `jaxce.linear.plan`
+    row_major: bool = False  # the gradient of the logits, for a compiler that transposes the kernel otherwise
     transposes: bool = False  # hidden states once, rather than in the product of every block
     forward_eighths: int = 8  # of the plan's block of classes, see `jaxce.linear.plan`
     backward_eighths: int = 8
@@ -51,6 +53,11 @@ def take(x: Array, start: Any, size: int, axis: int) -> Array:
 
 def put(whole: Array, part: Array, start: Any, axis: int) -> Array:
     return lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis % whole.ndim)
+
+
+def row_major(x: Array) -> Array:
+    """`x`, laid out in memory with its last axis innermost."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def retiled_classes(kernel: Array, start: Any, size: int, vocab_axis: int) -> Array:
@@ -109,6 +116,8 @@ def gradients(
         dtype = dz.dtype
     # Without the barriers TPU compilers compute dz once for each of the two products.
     dz = lax.optimization_barrier(dz.astype(dtype))
+    if projection.row_major:
+        dz = row_major(dz)
     rows = tuple(range(dz.ndim - 1))
     dhidden = contract(dz, -1, kernel, projection.vocab_axis, dtype, projection)
     if hidden_t is not None:

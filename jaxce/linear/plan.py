@@ -226,6 +226,14 @@ def retiles() -> bool:
     return chip()[1] == "TPU7x"
 
 
+def row_major(vocab_axis: int) -> bool:
+    """Whether the gradient of the logits has to be laid out row by row.
+
+    For TPU7x, the compiler of JAX 0.12 transposes every block of [D, V] unless it is, and that of JAX 0.10 if it is.
+    """
+    return retiles() and vocab_axis == 1 and jax.__version_info__ >= (0, 12)
+
+
 def block_eighths(vocab_axis: int) -> tuple[int, int]:
     """The blocks of the forward and of the backward pass, in eighths of the plan's.
 

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from jaxce.gradient import Row, effective, gradient
+from jaxce.gradient import Row, effective, factors, gradient
 from jaxce.linear.blocks import (
     Projection,
     gradients,
@@ -20,6 +19,7 @@ from jaxce.linear.blocks import (
     over_blocks,
     put,
     retiled_classes,
+    row_major,
     scaled,
     take,
 )
@@ -102,8 +102,8 @@ def backward(
     def block(start: Any, size: int, grads: Inputs) -> Inputs:
         x = _classes(inputs, projection, start, size)
         z = _logits(x, projection, start, kept)
-        row = Row(z, x.indices, _weighted(x), x.smoothing_weights, x.where, stats)
-        dz, dprobs, dsmoothing_weights = gradient(spec, row, ct)
+        row = Row(z, x.indices, _weighted(x), x.smoothing_weights, x.where)
+        dz, dprobs, dsmoothing_weights = gradient(spec, row, of_rows)
         dbias = dtarget_weights = None
         if x.bias is not None:
             dbias = jnp.sum(dz, rows)
@@ -128,11 +128,13 @@ def backward(
     dhidden = jnp.zeros(inputs.hidden.shape, working_dtype(matmul_dtype(inputs.hidden, inputs.kernel)))
     grads, dhidden = vary((grads, dhidden), varying(inputs))
     # Tied to the forward pass, or one of them takes up memory meanwhile: dhidden on chip, or hidden states retiled.
+    # And what belongs to whole rows is not computed anew in every block.
+    of_rows = factors(spec, inputs.indices, stats, ct)
     if projection.retiles:
-        hidden, stats = lax.optimization_barrier((inputs.hidden, stats))
+        hidden, of_rows = lax.optimization_barrier((inputs.hidden, of_rows))
         inputs = inputs._replace(hidden=hidden)
     else:
-        dhidden, stats = lax.optimization_barrier((dhidden, stats))
+        dhidden, of_rows = lax.optimization_barrier((dhidden, of_rows))
     grads = grads._replace(hidden=dhidden, indices=None, where=None)
     grads = over_blocks(inputs.kernel.shape[projection.vocab_axis], block_v, block, grads)
     # Of hidden states that devices share, each has the gradient from its own classes.
@@ -175,7 +177,7 @@ def _weighted(x: Inputs) -> Array | None:
 
 def _row_major(dkernel: Array, projection: Projection) -> Array:
     """dkernel, laid out as it is returned. The TPU compiler prefers the other way round for [D, V], and a copy."""
-    return with_layout_constraint(dkernel, Layout((0, 1))) if projection.vocab_axis else dkernel
+    return row_major(dkernel) if projection.vocab_axis else dkernel
 
 
 def _no_classes(spec: Spec, inputs: Inputs) -> RowStats:
