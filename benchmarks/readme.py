@@ -111,6 +111,23 @@ def linear_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def machines_table(*several: dict[str, Any]) -> str:
+    """The first problem of the linear loss on each machine."""
+    shown = {
+        "jaxce": "time of the default mode / optax",
+        "jaxce recompute": "time of recompute / optax",
+        "three matmuls alone": "time of the three matmuls alone / optax",
+        "jaxce, worst of the small problems": "time / optax, worst small problem",
+    }
+    table = []
+    for results in several:
+        found = {row["what"]: row["value"] for row in results["summary"]}
+        environment = results["environment"]
+        figures = [f"{found[what]:.2f}" for what in shown.values()]
+        table.append([environment["cpu"], environment["versions"]["jax"], *figures])
+    return markdown(["CPU", "JAX", *shown], table)
+
+
 def _time_and_memory(figures: dict[str, Any]) -> str:
     if "missing" in figures:
         return "–"
@@ -243,10 +260,17 @@ def language_model_table(results: dict[str, Any]) -> str:
     )
 
 
-TABLES = {
+TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
     "dense": (dense_table, "dense-cpu.json"),
     "linear": (linear_table, "linear-cpu.json"),
     "linear-newest-jax": (linear_table, "newest-jax/linear-cpu.json"),
+    "machines": (
+        machines_table,
+        "linear-cpu.json",
+        "newest-jax/linear-cpu.json",
+        "amd-epyc/linear-cpu.json",
+        "amd-epyc/newest-jax/linear-cpu.json",
+    ),
     "sharded": (sharded_table, "sharded.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
     "language-model": (language_model_table, "language-model/history.json"),
@@ -256,8 +280,8 @@ TABLES = {
 
 def up_to_date(readme: str) -> str:
     """`readme` with the tables of the results files."""
-    for name, (table, path) in TABLES.items():
-        readme = rendered(readme, name, table(json.loads((RESULTS / path).read_text())))
+    for name, (table, *paths) in TABLES.items():
+        readme = rendered(readme, name, table(*(json.loads((RESULTS / path).read_text()) for path in paths)))
     return readme
 
 
