@@ -78,7 +78,7 @@ def linear_table(results: dict[str, Any]) -> str:
         [f"{row['n']} x {row['d']} x {row['v']}", *(_time_and_memory(row["figures"][name]) for name in shown)]
         for row in rows
     ]
-    found = {row["what"]: row["value"] for row in results["summary"]}
+    found = _summary(results)
     half, swapped = (
         found["time with half of the tokens ignored / all"],
         found["time with the kernel [V, D] / [D, V]"],
@@ -121,11 +121,14 @@ def machines_table(*several: dict[str, Any]) -> str:
     }
     table = []
     for results in several:
-        found = {row["what"]: row["value"] for row in results["summary"]}
-        environment = results["environment"]
+        found, environment = _summary(results), results["environment"]
         figures = [f"{found[what]:.2f}" for what in shown.values()]
         table.append([environment["cpu"], environment["versions"]["jax"], *figures])
     return markdown(["CPU", "JAX", *shown], table)
+
+
+def _summary(results: dict[str, Any]) -> dict[str, float]:
+    return {row["what"]: row["value"] for row in results["summary"]}
 
 
 def _time_and_memory(figures: dict[str, Any]) -> str:
