@@ -261,18 +261,19 @@ def reduce(loss: Array, weight: Array, counted: Array, options: Options) -> Arra
     """The four reductions."""
     if options.reduction == "none":
         return loss
-    return average(jnp.sum(loss), weight, counted, options)
-
-
-def average(total: Array, weight: Array, counted: Array, options: Options) -> Array:
-    """From the sum of the losses to their mean. A mean over nothing is 0, with gradient 0."""
-    total = sum_over(total, options.batch_axis_name)
+    total = sum_over(jnp.sum(loss), options.batch_axis_name)
     if options.reduction == "sum":
         return total
-    divisor = jnp.sum(weight) if options.reduction == "mean" else jnp.sum(counted.astype(total.dtype))
+    divisor, nothing = mean_divisor(weight, counted, options)
+    return jnp.where(nothing, 0, total / divisor)
+
+
+def mean_divisor(weight: Array, counted: Array, options: Options) -> tuple[Array, Array]:
+    """What the sum of the losses is divided by; and whether that is nothing: then the mean is 0, with gradient 0."""
+    divisor = jnp.sum(weight) if options.reduction == "mean" else jnp.sum(counted.astype(weight.dtype))
     divisor = sum_over(divisor, options.batch_axis_name)
     nothing = divisor == 0
-    return jnp.where(nothing, 0, total / jnp.where(nothing, 1, divisor))
+    return jnp.where(nothing, 1, divisor), nothing
 
 
 def _zero_if_too_large(x: Array, unused: Array) -> Array:

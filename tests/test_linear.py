@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 from unittest import mock
 
@@ -32,7 +33,7 @@ BLOCK_N, BLOCK_V = 4, 6
 @contextlib.contextmanager
 def blocks(mode: str, block_n: int = BLOCK_N, block_v: int = BLOCK_V):
     """Every loss is computed in this mode and in these blocks."""
-    plan = plans.LinearPlan(mode, block_n, block_v, 0, 0, 0, "cpu")
+    plan = plans.LinearPlan(mode, block_n, block_v, 0, 0, 0, 0, "cpu")
     with mock.patch.object(plans, "make_plan", return_value=plan):
         yield
 
@@ -266,9 +267,7 @@ def test_narrow_floats_err_no_more_than_the_materialised_loss(rng, mode, dtype):
         error, allowed = (
             np.sqrt(np.mean((np.asarray(x).astype(np.float64) - truth[name]) ** 2)) for x in (ours, theirs)
         )
-        # "store" rounds a gradient once more, when the mean's divisor is known: half an ulp more at most.
-        ulp = float(jnp.finfo(dtype).eps) / 4 * np.sqrt(np.mean(truth[name] ** 2)) if mode == "store" else 0
-        assert error <= 1.02 * allowed + ulp + 8 * EPS * np.abs(truth[name]).max(), name
+        assert error <= 1.02 * allowed + 8 * EPS * np.abs(truth[name]).max(), name
 
 
 def test_float16_gradients_of_unlikely_classes_do_not_vanish(rng):
@@ -545,9 +544,17 @@ def test_it_is_traced_once():
 
 
 def equations(jaxpr):
+    """Those of the program for CPU: elsewhere it may take another branch of the same."""
     for eqn in jaxpr.eqns:
-        yield eqn
-        for param in eqn.params.values():
+        params = eqn.params
+        if platforms := params.get("branches_platforms"):
+            cpu = next(
+                (b for b, names in zip(params["branches"], platforms, strict=True) if "cpu" in (names or ())), None
+            )
+            params = {"branches": [cpu or params["branches"][-1]]}
+        else:
+            yield eqn
+        for param in params.values():
             for inner in jax.tree.leaves(param, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
                 if hasattr(inner, "jaxpr"):
                     yield from equations(inner.jaxpr)
@@ -584,17 +591,35 @@ def test_no_array_of_all_logits(rng, mode, kind, vocab_axis):
 
 @pytest.mark.parametrize(("mode", "matmuls"), [("recompute", 4), ("store", 3)])
 def test_number_of_matmuls(rng, mode, matmuls):
+    """In each of the two blocks of classes."""
     args = arguments(rng)
-    with blocks(mode, N, V):
+    with blocks(mode, N, V // 2 + 1):
         found = [eqn.primitive.name for eqn in equations(traced(fused, args, reduction="mean", return_aux=True))]
-    assert found.count("dot_general") == matmuls
+    assert found.count("dot_general") == 2 * matmuls
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_in_one_block_are_computed_once(rng, mode):
+    """Then there is no gradient to keep, and the compiler finds that those of the backward pass are the same."""
+    args = {name: x for name, x in arguments(rng).items() if name in ("hidden", "kernel", "targets")}
+    names = ("hidden", "kernel")
+
+    def loss(floats):
+        return linear_cross_entropy(**args | floats, reduction="mean")
+
+    with blocks(mode, N, V):
+        program = jax.jit(jax.value_and_grad(loss)).lower({name: args[name] for name in names}).compile().as_text()
+        kept = jax.tree.leaves(jax.vjp(loss, {name: args[name] for name in names})[1])
+    assert len(re.findall(r"= \S+ dot\(", program)) == 3
+    assert all(x.size <= max(N * D, D * V) for x in kept)
+    assert sum(x.shape == (D, V) for x in kept) == 1  # the kernel itself
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(rng):
     args = arguments(rng)
-    with blocks("store", N, V):
+    with blocks("store", N, V // 2 + 1):
         jaxpr = jax.make_jaxpr(lambda: fused(args, reduction="mean"))().jaxpr
-    assert [eqn.primitive.name for eqn in equations(jaxpr)].count("dot_general") == 1
+    assert [eqn.primitive.name for eqn in equations(jaxpr)].count("dot_general") == 2  # one in each block of classes
 
 
 def test_blocks_without_used_tokens_are_left_out(rng):

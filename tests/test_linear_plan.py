@@ -121,10 +121,7 @@ def test_default_modes():
         with jax.sharding.use_abstract_mesh(mesh):
             plan = plan_linear_cross_entropy(*arrays, reduction="mean")
             assert plan.mode == "recompute"
-            assert plan.backend == ("gpu" if "NVIDIA" in kind else "tpu")
-            assert plans.retiles() == (kind == "TPU7x")
-            assert not plans.transposes()
-    assert plans.transposes()
+            assert plan.platform == ("gpu" if "NVIDIA" in kind else "tpu")
 
 
 def test_what_tpu_programs_are_divided_into():
@@ -160,6 +157,7 @@ def test_it_prints():
         r"mode          store, on cpu\n"
         r"blocks        1,024 tokens\n"
         r"extra memory  [\d.]+ MB for loss and gradient; the logits would be 824\.2 MB\n"
+        r"kept          111\.4 MB from the loss for its gradient\n"
         r"matmuls       633\.0 GFLOP",
         text,
     )

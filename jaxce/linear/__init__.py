@@ -137,8 +137,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
     if split and axis_name is None and batch_axis_name is None:
         _checked(**arguments | {"memory_budget": None})  # a budget is for each device
         return mesh.over_mesh(linear_cross_entropy, arguments)
-    tokens, shared, options, projection, plan = _checked(**arguments)
-    return _loss(tokens, shared, options=options, projection=projection, plan=plan)
+    tokens, shared, options, schedules, _ = _checked(**arguments)
+    return _loss(tokens, shared, options=options, schedules=schedules)
 
 
 def plan_linear_cross_entropy(hidden: Any, kernel: Any, targets: Any, **options: Any) -> plans.LinearPlan:
@@ -198,23 +198,16 @@ def _checked(
     mode: str | None = None,
     memory_budget: int | None = None,
     precision: Any = None,
+    platform: str | None = None,
     **options: Any,
-) -> tuple[Tokens, Shared, Options, blocks.Projection, plans.LinearPlan]:
+) -> tuple[Tokens, Shared, Options, blocks.Schedules, plans.LinearPlan]:
     hidden = checks.float_array("hidden", hidden)
     kernel = checks.float_array("kernel", kernel)
     *batch, D = hidden.shape
     checks.one_of("vocab_axis", vocab_axis, (0, 1, -2, -1))
     vocab_axis %= 2
-    projection = blocks.Projection(
-        vocab_axis,
-        precision,
-        plans.retiles(),
-        plans.row_major(vocab_axis),
-        plans.transposes(),
-        *plans.block_eighths(vocab_axis),
-    )
-    checks.kernel(kernel, D, projection.vocab_axis)
-    V = kernel.shape[projection.vocab_axis]
+    checks.kernel(kernel, D, vocab_axis)
+    V = kernel.shape[vocab_axis]
     checks.num_classes("kernel", V)
     full = (*batch, V)
     by_kind = sort_by_kind(targets, tuple(batch), full)
@@ -237,12 +230,13 @@ def _checked(
         constants,
         weights=amounts.weights is not None,
         class_weights=amounts.class_weights is not None,
-        mask_per_token=where is not None and math.prod(where.shape[:-1]) > 1,
+        mask_per_token=where is not None and any(n != 1 for n in where.shape[:-1]),
     )
-    plan = plans.make_plan(problem, mode, memory_budget)
+    schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget)
+    plan = plans.make_plan(problem, platform or plans.chip()[0], mode, memory_budget)
     tokens = Tokens(hidden, by_kind.indices, by_kind.probs, amounts.weights, where)
     shared = Shared(kernel, bias, amounts.class_weights, amounts.label_smoothing, amounts.z_loss)
-    return tokens, shared, constants, projection, plan
+    return tokens, shared, constants, schedules, plan
 
 
 def _check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
@@ -259,20 +253,22 @@ def _check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
         checks.fail(ValueError, "implementation", "'xla' with a mode or a memory budget", "'autodiff'", hint)
 
 
-@functools.partial(jax.jit, static_argnames=("options", "projection", "plan"))
+@functools.partial(jax.jit, static_argnames=("options", "schedules"))
 def _loss(
-    tokens: Tokens, shared: Shared, *, options: Options, projection: blocks.Projection, plan: plans.LinearPlan
+    tokens: Tokens, shared: Shared, *, options: Options, schedules: blocks.Schedules
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    V = shared.kernel.shape[projection.vocab_axis]
-    tokens = tokens._replace(hidden=_without_unused(tokens, shared, options, V, plan.block_v))
+    V = shared.kernel.shape[schedules[0].vocab_axis]
+    tokens = tokens._replace(hidden=_without_unused(tokens, shared, options, V, schedules[0].forward_v))
     tokens, shared = vary_by_kind(tokens, shared, options.axis_name)
     if options.implementation == "autodiff":
-        z = blocks.logits(tokens.hidden, shared.kernel, shared.bias, projection)
+        # Of wide factors, whatever the platform: its derivatives are made of products that a schedule does not see.
+        wide = blocks.Schedule(schedules[0].vocab_axis, schedules[0].precision, widens=True)
+        z = blocks.logits(tokens.hidden, shared.kernel, shared.bias, wide)
         return loss_of_logits(z, targets_of(tokens), tokens.where, amounts_of(tokens, shared), options)
-    if plan.mode == "recompute":
-        return rule.recomputed_loss(projection, plan.block_v, options, tokens, shared)
+    if not any(schedule.block_n for schedule in schedules):
+        return rule.recomputed_loss(schedules, options, tokens, shared)[0]
     batch = tokens.hidden.shape[:-1]
-    result = rule.stored_loss(projection, plan.block_n, plan.block_v, options, _flat(tokens, batch), shared)
+    result = rule.stored_loss(schedules, options, _flat(tokens, batch), shared)
     if not options.return_aux:
         return result
     loss, aux = result
@@ -305,7 +301,7 @@ def _flat(tokens: Tokens, batch: tuple[int, ...]) -> Tokens:
         return None if x is None else x.reshape(n, x.shape[-1])
 
     where = tokens.where
-    if where is not None and math.prod(where.shape[:-1]) != 1:
+    if where is not None and any(n != 1 for n in where.shape[:-1]):
         where = jnp.broadcast_to(where, (*batch, where.shape[-1]))
     return Tokens(
         flat(tokens.hidden),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from jaxce.layout import class_count
@@ -19,21 +22,32 @@ from jaxce.stats import working_dtype
 State = TypeVar("State")
 
 
-class Projection(NamedTuple):
-    """How hidden states become logits: constants of the compiled program."""
+class Schedule(NamedTuple):
+    """How the loss is computed on one platform: constants of the compiled program (chosen in `jaxce.linear.plan`)."""
 
     vocab_axis: int = 1  # of the kernel: 1 for [D, V], 0 for [V, D]
     precision: Any = None
-    retiles: bool = False  # for a chip that copies sliced kernels, see `jaxce.linear.plan`
+    block_n: int = 0  # tokens in a block, where gradients are computed along with the loss; else 0
+    forward_v: int = 0  # classes in a block
+    backward_v: int = 0
+    widens: bool = False  # narrow factors of a product before it, for a backend that has no narrow products
+    retiles: bool = False  # for a chip that copies sliced kernels
     row_major: bool = False  # the gradient of the logits, for a compiler that transposes the kernel otherwise
     transposes: bool = False  # hidden states once, rather than in the product of every block
-    forward_eighths: int = 8  # of the plan's block of classes, see `jaxce.linear.plan`
-    backward_eighths: int = 8
 
 
-def scaled(block_v: int, eighths: int) -> int:
-    """So many eighths of a block, still whole tiles if it was."""
-    return block_v if eighths == 8 else max(block_v * eighths // 8 // 128 * 128, min(block_v, 128))
+# For "cpu", "tpu" and every other platform: which one it is, is known when the program is lowered, and not before.
+Schedules = tuple[Schedule, Schedule, Schedule]
+
+
+def by_platform(schedules: Schedules, compute: Callable[..., Any], *args: Any) -> Any:
+    """`compute(schedule, *args)`, with the schedule of the platform that is compiled for."""
+    cpu, tpu, default = schedules
+    own = {"cpu": cpu, "tpu": tpu}
+    branches = {name: functools.partial(compute, s) for name, s in own.items() if s != default}
+    if not branches:
+        return compute(default, *args)
+    return lax.platform_dependent(*args, **branches, default=functools.partial(compute, default))
 
 
 def over_blocks(length: int, size: int, block: Callable[[Any, int, State], State], state: State) -> State:
@@ -56,8 +70,25 @@ def put(whole: Array, part: Array, start: Any, axis: int) -> Array:
 
 
 def row_major(x: Array) -> Array:
-    """`x`, laid out in memory with its last axis innermost."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    """`x`, on TPU laid out in memory with its last axis innermost."""
+    return _row_major_p.bind(x)
+
+
+def _laid_out(ctx: mlir.LoweringRuleContext, *operands: Any) -> Any:
+    # `jax.export` cannot serialise a layout: such a program does without it, and may copy the gradient once.
+    for_export = ctx.module_context.lowering_parameters.for_export
+    return (_unchanged if for_export else _constrained)(ctx, *operands)
+
+
+_row_major_p = Primitive("row_major")
+_row_major_p.def_impl(lambda x: x)
+_row_major_p.def_abstract_eval(lambda x: x)
+_unchanged = mlir.lower_fun(lambda x: x, multiple_results=False)
+_constrained = mlir.lower_fun(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), multiple_results=False)
+mlir.register_lowering(_row_major_p, _unchanged)
+mlir.register_lowering(_row_major_p, _laid_out, platform="tpu")
+batching.defvectorized(_row_major_p)
+ad.deflinear2(_row_major_p, lambda ct, _: [ct])
 
 
 def retiled_classes(kernel: Array, start: Any, size: int, vocab_axis: int) -> Array:
@@ -85,7 +116,7 @@ def participating(where: Array | None, shape: tuple[int, ...], block_v: int, axi
     """`class_count` on all devices together: of a mask `[..., V]`, which is not written out as numbers, in blocks."""
     if where is None:
         return None
-    if math.prod(where.shape[:-1]) == 1:
+    if all(n == 1 for n in where.shape[:-1]):
         return sum_over(class_count(where, shape), axis_name)
 
     def block(start: Any, size: int, count: Array) -> Array:
@@ -100,37 +131,39 @@ def matmul_dtype(hidden: Array, kernel: Array) -> jnp.dtype:
     return jnp.promote_types(hidden.dtype, kernel.dtype)
 
 
-def logits(hidden: Array, kernel: Array, bias: Array | None, projection: Projection) -> Array:
+def logits(hidden: Array, kernel: Array, bias: Array | None, schedule: Schedule) -> Array:
     """hidden @ kernel + bias, in the working dtype."""
     dtype = matmul_dtype(hidden, kernel)
-    z = contract(hidden, -1, kernel, 1 - projection.vocab_axis, dtype, projection)
+    if schedule.widens:
+        dtype = working_dtype(dtype)
+    z = contract(hidden, -1, kernel, 1 - schedule.vocab_axis, dtype, schedule)
     return z if bias is None else z + jnp.broadcast_to(bias.astype(z.dtype), z.shape)
 
 
 def gradients(
-    dz: Array, hidden: Array, kernel: Array, projection: Projection, hidden_t: Array | None = None
+    dz: Array, hidden: Array, kernel: Array, schedule: Schedule, hidden_t: Array | None = None
 ) -> tuple[Array, Array]:
     """dhidden and dkernel, in the working dtype, for the gradient of the logits. `hidden_t` has D first."""
     dtype = matmul_dtype(hidden, kernel)
-    if dtype == jnp.float16:  # the gradients of unlikely classes would vanish in it
+    if schedule.widens or dtype == jnp.float16:  # the gradients of unlikely classes would vanish in it
         dtype = dz.dtype
     # Without the barriers TPU compilers compute dz once for each of the two products.
     dz = lax.optimization_barrier(dz.astype(dtype))
-    if projection.row_major:
+    if schedule.row_major:
         dz = row_major(dz)
     rows = tuple(range(dz.ndim - 1))
-    dhidden = contract(dz, -1, kernel, projection.vocab_axis, dtype, projection)
+    dhidden = contract(dz, -1, kernel, schedule.vocab_axis, dtype, schedule)
     if hidden_t is not None:
-        dkernel = contract(hidden_t, tuple(i + 1 for i in rows), dz, rows, dtype, projection)
-        dkernel = dkernel if projection.vocab_axis else dkernel.T
-    elif projection.vocab_axis:
-        dkernel = contract(hidden, rows, dz, rows, dtype, projection)
+        dkernel = contract(hidden_t, tuple(i + 1 for i in rows), dz, rows, dtype, schedule)
+        dkernel = dkernel if schedule.vocab_axis else dkernel.T
+    elif schedule.vocab_axis:
+        dkernel = contract(hidden, rows, dz, rows, dtype, schedule)
     else:
-        dkernel = contract(dz, rows, hidden, rows, dtype, projection)
-    return dhidden, lax.optimization_barrier(dkernel) if projection.retiles else dkernel
+        dkernel = contract(dz, rows, hidden, rows, dtype, schedule)
+    return dhidden, lax.optimization_barrier(dkernel) if schedule.retiles else dkernel
 
 
-def contract(a: Array, a_axes: Any, b: Array, b_axes: Any, dtype: DTypeLike, projection: Projection) -> Array:
+def contract(a: Array, a_axes: Any, b: Array, b_axes: Any, dtype: DTypeLike, schedule: Schedule) -> Array:
     """The sum over an axis (or several) of both of the products of `a` and `b`, which are cast to `dtype`."""
 
     def axes_of(x: Array, axes: Any) -> tuple[int, ...]:
@@ -140,6 +173,6 @@ def contract(a: Array, a_axes: Any, b: Array, b_axes: Any, dtype: DTypeLike, pro
         a.astype(dtype),
         b.astype(dtype),
         ((axes_of(a, a_axes), axes_of(b, b_axes)), ((), ())),
-        precision=projection.precision,
+        precision=schedule.precision,
         preferred_element_type=working_dtype(dtype),
     )

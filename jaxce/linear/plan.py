@@ -1,4 +1,7 @@
-"""Which mode and which block sizes: chosen from shapes, dtypes, the backend and the memory allowed. And why.
+"""Which mode and which block sizes: chosen from shapes, dtypes, the platform and the memory allowed. And why.
+
+A program is traced once for all platforms, so there is a plan for each, and the one of the platform that is compiled for
+is taken when the program is lowered. Which generation of chip that is, can be known only where the program is traced.
 
 **Mode.** "store" saves one matmul of four, but keeps a block of the logits with the whole vocabulary and sums dkernel
 in float32 from block to block. On CPU, where matmuls take most of the time, it is the faster one wherever it applies
@@ -8,7 +11,9 @@ is the default there, and on GPU, where nothing was measured.
 **Blocks.** A block of logits of 2²³ numbers, 32 MiB, fits the on-chip memory of every TPU beside the other operands:
 1024 classes for 8192 tokens. Smaller blocks make the compiled programs slower (512: 67 M cycles for 54 M on v6e),
 larger ones spill (2048: 68 MB). On CPU products run at full speed while their result stays in the cache: up to 2²²
-numbers, and "store" is fastest in parts of 2²¹. Up to 2²⁴ logits it works on all of them at once.
+numbers, and "store" is fastest in parts of 2²¹. Up to 2²⁴ logits it works on all of them at once. If that is all there
+are, it is the same as "recompute" in one block, whose second logits a compiler finds to be the first: so it computes
+them again in a separate backward pass, and keeps no gradient for it.
 
 **Retiling.** Compiled for TPU7x, operands of matmuls are wanted in tiles of 16 x 128, while arguments and results come
 in tiles of 8 x 128. A kernel that a loop slices is copied whole before the loop, once for each pass: 1.2 GB for
@@ -26,14 +31,17 @@ import jax.numpy as jnp
 
 from jaxce import checks
 from jaxce.compose import Options
+from jaxce.linear.blocks import Schedule, Schedules
 from jaxce.stats import working_dtype
 
 MODES = ("recompute", "store")
+PLATFORMS = ("cpu", "tpu", "gpu")
 
 _LANES = 128  # blocks of classes are multiples of this
 _BLOCK = 2**23  # logits in a block, "recompute"
 _CPU_BLOCK = 2**22
 _KERNEL_BLOCK = 2**22  # numbers in a block of the kernel
+_TOKENS = 8192  # assumed where their number is a symbol
 _KEPT = 2**26  # logits of a block of tokens, "store"; more of them are summed up faster, but take more memory
 _MOST_TOKENS, _FEWEST_TOKENS = 1024, 256
 _KEPT_BLOCK = 2**21  # the part of them that is worked on at once
@@ -89,61 +97,100 @@ class LinearPlan:
       block_v: classes in a block ("recompute", and "store" where no gradient is wanted).
       temp_bytes: bytes of loss and gradient beyond arguments and results: an upper bound on CPU, and elsewhere what
         would be needed if nothing stayed in on-chip memory.
+      kept_bytes: bytes that the loss leaves for the backward pass, beside its arguments: numbers per token in mode
+        "recompute", the gradients in mode "store". A `lax.scan` over batches whose gradient is taken from outside
+        keeps them for every step.
       logits_bytes: what the logits alone would take in the working dtype.
       flops: floating-point operations of the matmuls of loss and gradient.
-      backend: the platform it was made for.
+      platform: the platform it was made for.
     """
 
     mode: str
     block_n: int
     block_v: int
     temp_bytes: int
+    kept_bytes: int
     logits_bytes: int
     flops: int
-    backend: str
+    platform: str
 
     def __str__(self) -> str:
         blocks = f"{self.block_n:,} tokens" if self.mode == "store" else f"{self.block_v:,} classes"
         return (
-            f"mode          {self.mode}, on {self.backend}\n"
+            f"mode          {self.mode}, on {self.platform}\n"
             f"blocks        {blocks}\n"
             f"extra memory  {_megabytes(self.temp_bytes)} for loss and gradient; the logits would be "
             f"{_megabytes(self.logits_bytes)}\n"
-            f"matmuls       {self.flops / 1e9:,.1f} GFLOP"
+            f"kept          {_megabytes(self.kept_bytes)} from the loss for its gradient\n"
+            f"matmuls       {_count(self.flops / 1e9)} GFLOP"
         )
 
 
-def make_plan(problem: Problem, mode: str | None, memory_budget: int | None) -> LinearPlan:
+def make_schedules(
+    problem: Problem, vocab_axis: int, precision: Any, mode: str | None, memory_budget: int | None
+) -> Schedules:
+    """What is done on each platform: its plan, and what is known of its compiler."""
+    here, kind = chip()
+    cpu, tpu, gpu = (
+        _schedule(
+            problem,
+            make_plan(problem, platform, mode, memory_budget),
+            Schedule(vocab_axis, precision, widens=platform == "cpu", transposes=platform == "cpu"),
+            kind if platform == here else "",
+        )
+        for platform in PLATFORMS
+    )
+    return cpu, tpu, gpu
+
+
+def _schedule(problem: Problem, plan: LinearPlan, schedule: Schedule, kind: str) -> Schedule:
+    if plan.mode == "store" and not _in_one(problem, plan.block_n, plan.block_v):
+        return schedule._replace(block_n=plan.block_n, forward_v=plan.block_v, backward_v=plan.block_v)
+    forward, backward = block_eighths(kind, schedule.vocab_axis)
+    return schedule._replace(
+        forward_v=_scaled(plan.block_v, forward),
+        backward_v=_scaled(plan.block_v, backward),
+        retiles=retiles(kind),
+        row_major=row_major(kind, schedule.vocab_axis),
+    )
+
+
+def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: int | None) -> LinearPlan:
     """The fastest plan that stays within the budget."""
-    platform, _ = chip()
+    known = isinstance(problem.N, int)
     if mode is not None:
         modes = [mode]
-    elif problem.options.reduction == "none":
+    elif problem.options.reduction == "none" or not known:
         modes = ["recompute"]
     else:
         modes = ["store", "recompute"] if platform == "cpu" else ["recompute", "store"]
     candidates = [plan for mode in modes for plan in _plans(problem, mode, platform)]
+    if memory_budget is None and not known:
+        return candidates[0]
     # "store" in small blocks of tokens spends its time adding up dkernel: then the fourth matmul is cheaper.
     candidates.sort(key=lambda plan: plan.mode == "store" and plan.block_n < min(_FEWEST_TOKENS, problem.N))
     if memory_budget is None:
         return candidates[0]
     smallest = min(candidates, key=lambda plan: plan.temp_bytes)
-    if memory_budget < smallest.temp_bytes:
-        checks.fail(
-            ValueError,
-            "memory_budget",
-            f"at least {smallest.temp_bytes:,} bytes for these shapes (mode {smallest.mode!r})",
-            f"{memory_budget:,}",
-            "Fewer tokens at a time need less.",
-        )
-    return next(plan for plan in candidates if plan.temp_bytes <= memory_budget)
+    if memory_budget >= smallest.temp_bytes:
+        return next(plan for plan in candidates if plan.temp_bytes <= memory_budget)
+    if platform != chip()[0]:  # which the program may never be compiled for
+        return smallest
+    checks.fail(
+        ValueError,
+        "memory_budget",
+        f"at least {smallest.temp_bytes:,} bytes for these shapes (mode {smallest.mode!r})",
+        f"{memory_budget:,}",
+        "Fewer tokens at a time need less.",
+    )
 
 
 def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
     """Plans of one mode from the preferred block size down."""
     N, V = problem.N, problem.V
     if mode == "recompute":
-        target = min((_CPU_BLOCK if platform == "cpu" else _BLOCK) // max(N, 1), _KERNEL_BLOCK // max(problem.D, 1))
+        tokens = max(N, 1) if isinstance(N, int) else _TOKENS
+        target = min((_CPU_BLOCK if platform == "cpu" else _BLOCK) // tokens, _KERNEL_BLOCK // max(problem.D, 1))
         blocks = [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES), _LANES)]
     else:
         sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1), 8)
@@ -157,10 +204,11 @@ def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
             mode=mode,
             block_n=block_n,
             block_v=block_v,
-            temp_bytes=bytes_of(problem, block_n, block_v),
+            temp_bytes=bytes_of(problem, platform, block_n, block_v),
+            kept_bytes=_kept_bytes(problem, mode, block_n, block_v),
             logits_bytes=N * V * problem.working.itemsize,
             flops=(4 if mode == "recompute" else 3) * 2 * N * problem.D * V,
-            backend=platform,
+            platform=platform,
         )
         for block_n, block_v in blocks
     ]
@@ -180,11 +228,16 @@ def _sizes(length: int, target: int, multiple: int) -> list[int]:
     return [*sizes, 1] if not sizes or sizes[-1] > 1 else sizes
 
 
-def _recompute_bytes(p: Problem, block_n: int, block_v: int) -> int:
-    return _block_bytes(p, block_n, block_v) + _row_bytes(p)
+def _in_one(p: Problem, block_n: int, block_v: int) -> bool:
+    """Whether a single block holds all the logits."""
+    return block_n >= p.N and block_v >= p.V
 
 
-def _store_bytes(p: Problem, block_n: int, block_v: int) -> int:
+def _recompute_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
+    return _block_bytes(p, block_n, block_v) + _row_bytes(p, platform)
+
+
+def _store_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     rows = block_n + p.N % max(block_n, 1)  # the block that is left at the end has memory of its own
     sums = 0 if p.kernel == p.working else p.D * p.V * p.working.itemsize
     skips = block_n < p.N and (p.weights or p.options.ignore_index is not None)
@@ -192,7 +245,7 @@ def _store_bytes(p: Problem, block_n: int, block_v: int) -> int:
     if block_v == p.V and not skips:  # the gradient takes its place
         logits = 0
     same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
-    return (logits + same_tokens) * p.working.itemsize + sums + _block_bytes(p, rows, block_v) + _row_bytes(p)
+    return (logits + same_tokens) * p.working.itemsize + sums + _block_bytes(p, rows, block_v) + _row_bytes(p, platform)
 
 
 def _block_bytes(p: Problem, block_n: int, block_v: int) -> int:
@@ -206,51 +259,69 @@ def _block_bytes(p: Problem, block_n: int, block_v: int) -> int:
     return size * p.working.itemsize
 
 
-def _row_bytes(p: Problem) -> int:
+def _row_bytes(p: Problem, platform: str) -> int:
     """Numbers per token and class, and hidden states without or in the order of the unused ones."""
     numbers = p.N * (32 + 12 * (p.entries or 0) + 2 * p.D) + 4 * p.V
-    if p.entries is None and p.hidden != p.working and chip()[0] == "cpu":
+    if p.entries is None and p.hidden != p.working and platform == "cpu":
         numbers += p.N * p.V  # the gradient of narrow probabilities is written in the working dtype first
     return numbers * p.working.itemsize + 2**16
 
 
+def _kept_bytes(p: Problem, mode: str, block_n: int, block_v: int) -> int:
+    if mode == "recompute" or _in_one(p, block_n, block_v):
+        terms = 2 + 2 * p.options.label_smoothing + 2 * p.options.return_aux  # of the record of a row
+        return p.N * (terms + (p.entries or 2)) * p.working.itemsize
+    by_class = p.working.itemsize * (int(p.class_weights) + p.N * (p.entries is None))
+    return p.N * p.D * _kept(p.hidden) + p.V * (p.D * _kept(p.kernel) + by_class)
+
+
+def _kept(dtype: jnp.dtype) -> int:
+    """Bytes of a number of a gradient that is kept: float16 is kept as float32."""
+    return max(dtype.itemsize, 4) if dtype == jnp.float16 else dtype.itemsize
+
+
 def chip() -> tuple[str, str]:
-    """Platform and kind of the device that is compiled for, as far as can be known while tracing."""
+    """Platform and kind of the device that this process runs programs on, or says it traces them for."""
     default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     device = jax.sharding.get_abstract_mesh().abstract_device or default or jax.devices()[0]
     return (device, "") if isinstance(device, str) else (device.platform, device.device_kind)
 
 
-def retiles() -> bool:
+def retiles(kind: str) -> bool:
     """See "Retiling" above."""
-    return chip()[1] == "TPU7x"
+    return kind == "TPU7x"
 
 
-def row_major(vocab_axis: int) -> bool:
+def row_major(kind: str, vocab_axis: int) -> bool:
     """Whether the gradient of the logits has to be laid out row by row.
 
     For TPU7x, the compiler of JAX 0.12 transposes every block of [D, V] unless it is, and that of JAX 0.10 if it is.
     """
-    return retiles() and vocab_axis == 1 and jax.__version_info__ >= (0, 12)
+    return retiles(kind) and vocab_axis == 1 and jax.__version_info__ >= (0, 12)
 
 
-def block_eighths(vocab_axis: int) -> tuple[int, int]:
+def block_eighths(kind: str, vocab_axis: int) -> tuple[int, int]:
     """The blocks of the forward and of the backward pass, in eighths of the plan's.
 
     The backward pass keeps its blocks in the input dtype, so more of them fit on chip. On TPU7x, blocks of [D, V] that
     are not a power of two escape a transposition, and a smaller first block of [V, D] leaves room for the second.
     """
-    if chip()[1] == "TPU v6 lite":
+    if kind == "TPU v6 lite":
         return 8, 10
-    if chip()[1] == "TPU7x":
+    if kind == "TPU7x":
         return 7, 9 if vocab_axis == 1 else 8
     return 8, 8
 
 
-def transposes() -> bool:
-    """On CPU a product with its first factor transposed runs at about four fifths of the speed of one without."""
-    return chip()[0] == "cpu"
+def _scaled(block_v: int, eighths: int) -> int:
+    """So many eighths of a block, still whole tiles if it was."""
+    return block_v if eighths == 8 else max(block_v * eighths // 8 // _LANES * _LANES, min(block_v, _LANES))
 
 
 def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+    return f"{_count(count / 1e6)} MB"
+
+
+def _count(x: Any) -> str:
+    """With one decimal; as it is if it holds a symbol, the size of an axis that is not known yet."""
+    return f"{x:,.1f}" if isinstance(x, float) else str(x)

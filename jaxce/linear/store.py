@@ -15,8 +15,9 @@ from jax import Array, lax
 
 from jaxce.compose import Amounts, CrossEntropyAux, Options, compose, unused_examples
 from jaxce.linear import vocabulary
-from jaxce.linear.blocks import Projection, matmul_dtype, over_blocks, participating, put, take
+from jaxce.linear.blocks import Schedule, matmul_dtype, over_blocks, participating, put, take
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, row_axes, targets_of, without_class_weights
+from jaxce.linear.vocabulary import kept_in
 from jaxce.sharding import shard_count, vary, varying
 from jaxce.stats import Terms, finish, working_dtype
 from jaxce.targets import Targets
@@ -31,25 +32,29 @@ class _State(NamedTuple):
 
 
 def forward(
-    projection: Projection, block_n: int, block_v: int, options: Options, tokens: Tokens, shared: Shared
-) -> tuple[Array, CrossEntropyAux | None, Tokens, Shared]:
-    """The sum of the losses, the aux record, and the gradients of the sum."""
-    n = tokens.hidden.shape[0]
+    schedule: Schedule, options: Options, tokens: Tokens, shared: Shared, divisor: Array, unweighted: bool
+) -> tuple[Array, CrossEntropyAux | None, tuple[Tokens, Shared]]:
+    """The sum of the losses over the divisor, the aux record, and the gradients of the former.
+
+    With `unweighted`, the gradient in the weights is not wanted of tokens whose weight is 0.
+    """
+    n, block_n = tokens.hidden.shape[0], schedule.block_n
     dtype = working_dtype(matmul_dtype(tokens.hidden, shared.kernel))
-    logits = lax.empty((min(block_n, n), shared.kernel.shape[projection.vocab_axis]), dtype)
+    logits = lax.empty((min(block_n, n), shared.kernel.shape[schedule.vocab_axis]), dtype)
     logits = vary(logits, varying(tokens, shared))
-    if 0 < n <= block_n and shared.kernel.dtype != jnp.float16:  # nothing to add up
+    if 0 < n <= block_n:  # nothing to add up
         nothing = Shared(None, None, *(None if x is None else jnp.zeros_like(x, dtype) for x in shared[2:]))
-        return _block(projection, block_v, options, tokens, shared, nothing, logits)[:-1]
+        total, aux, dtokens, dshared, _ = _block(schedule, options, tokens, shared, divisor, nothing, logits)
+        return total, aux, (dtokens, dshared)
     count, order = n, None
     if block_n < n and not options.return_aux:  # which says something of unused tokens too
-        tokens, count, order = _used_first(tokens, shared, options, projection, block_v)
+        tokens, count, order = _used_first(tokens, shared, options, schedule, unweighted)
 
     def block(start: Any, size: int, state: _State) -> _State:
         def add(state: _State) -> _State:
             x = jax.tree.map(lambda a: take(a, start, size, 0), tokens) if size < n else tokens
             total, aux, written, sums, logits = _block(
-                projection, block_v, options, x, shared, state.shared, state.logits
+                schedule, options, x, shared, divisor, state.shared, state.logits
             )
 
             def write(whole: Array, part: Array) -> Array:
@@ -69,7 +74,7 @@ def forward(
     state = _State(
         total,
         CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), rows) if options.return_aux else None,
-        jax.tree.map(lambda x: jnp.zeros_like(x, _kept_in(x)), tokens._replace(indices=None, where=None)),
+        jax.tree.map(lambda x: jnp.zeros_like(x, kept_in(x)), tokens._replace(indices=None, where=None)),
         jax.tree.map(lambda x: jnp.zeros_like(x, working_dtype(x.dtype)), shared),
         logits,
     )
@@ -78,50 +83,52 @@ def forward(
     dtokens = state.tokens
     if order is not None:
         dtokens = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), dtokens)
-    dshared = jax.tree.map(lambda sum, x: sum.astype(_kept_in(x)), state.shared, shared)
-    return state.total, state.aux, dtokens, dshared
+    dshared = jax.tree.map(lambda sum, x: sum.astype(kept_in(x)), state.shared, shared)
+    return state.total, state.aux, (dtokens, dshared)
 
 
 def _used_first(
-    tokens: Tokens, shared: Shared, options: Options, projection: Projection, block_v: int
+    tokens: Tokens, shared: Shared, options: Options, schedule: Schedule, unweighted: bool
 ) -> tuple[Tokens, Any, Array | None]:
     """The tokens with the unused ones last, the number of the others, and their order.
 
     Not where all are used, and not where probabilities or a mask `[N, V]` would have to be moved with them.
     """
     heavy = tokens.indices is None or (tokens.where is not None and tokens.where.shape[0] > 1)
-    if heavy or (options.ignore_index is None and tokens.weights is None):
+    weights = tokens.weights if unweighted else None
+    if heavy or (options.ignore_index is None and weights is None):
         return tokens, tokens.hidden.shape[0], None
-    shape = (tokens.hidden.shape[0], shared.kernel.shape[projection.vocab_axis])
-    classes = participating(tokens.where, shape, block_v, options.axis_name)
+    shape = (tokens.hidden.shape[0], shared.kernel.shape[schedule.vocab_axis])
+    classes = participating(tokens.where, shape, schedule.forward_v, options.axis_name)
     like = jnp.sum(tokens.hidden, -1)
-    unused = unused_examples(targets_of(tokens), like, options, amounts_of(tokens, shared), classes)
+    amounts = amounts_of(tokens, shared)._replace(weights=weights)
+    unused = unused_examples(targets_of(tokens), like, options, amounts, classes)
     order = jnp.argsort(unused, stable=True)
     ordered = jax.tree.map(lambda x: x if x.shape[0] == 1 else jnp.take(x, order, axis=0), tokens)
     return ordered, jnp.sum(~unused), order
 
 
 def _block(
-    projection: Projection,
-    block_v: int,
+    schedule: Schedule,
     options: Options,
     tokens: Tokens,
     shared: Shared,
+    divisor: Array,
     sums: Shared,
     logits: Array,
 ) -> tuple[Array, CrossEntropyAux | None, Tokens, Shared, Array]:
-    """Loss, aux record and gradients of a block of tokens; what belongs to all tokens is added to `sums`.
+    """Loss over divisor, aux record and gradients of a block of tokens; what belongs to all tokens is added to `sums`.
 
     The last result is the array `logits`, overwritten with those of this block.
 
     Without a kernel in `sums`, the gradients of kernel and bias are written as they are.
     """
-    spec, inputs = options.spec, inputs_of(tokens, shared, projection, options)
-    stats, kept = vocabulary.forward(projection, block_v, spec, inputs, keep_in=logits)
+    spec, inputs = options.spec, inputs_of(tokens, shared, schedule.vocab_axis, options)
+    stats, kept = vocabulary.forward(schedule, spec, inputs, keep_in=logits)
     unweighted = None
     if (without := without_class_weights(inputs, options)) is not None:
-        unweighted = vocabulary.forward(projection, block_v, options.nll_spec, without, kept=kept)[0]
-    shape = (tokens.hidden.shape[0], shared.kernel.shape[projection.vocab_axis])
+        unweighted = vocabulary.forward(schedule, options.nll_spec, without, kept=kept)[0]
+    shape = (tokens.hidden.shape[0], shared.kernel.shape[schedule.vocab_axis])
 
     def loss(terms: Terms, probs: Array | None, amounts: Amounts) -> tuple[Array, CrossEntropyAux | None]:
         result = compose(
@@ -130,11 +137,12 @@ def _block(
             shape[-1] * shard_count(options.axis_name),
             amounts,
             options,
-            participating=participating(tokens.where, shape, block_v, options.axis_name),
+            participating=participating(tokens.where, shape, schedule.forward_v, options.axis_name),
             unweighted=None if unweighted is None else finish(unweighted).target,
             prediction=stats.argmax,
         )
-        return result if isinstance(result, tuple) else (result, None)
+        total, aux = result if isinstance(result, tuple) else (result, None)
+        return total / divisor, aux
 
     total, pullback, aux = jax.vjp(loss, finish(stats), tokens.probs, amounts_of(tokens, shared), has_aux=True)
     ct, dprobs, damounts = pullback(jnp.ones_like(total))
@@ -146,7 +154,7 @@ def _block(
         smoothing_weights=None if inputs.smoothing_weights is None else jnp.zeros_like(sums.class_weights),
     )
     grads = vocabulary.backward(
-        projection, block_v, spec, inputs, stats, ct, kept=kept, sums=None if sums.kernel is None else summed
+        schedule, spec, inputs, stats, ct, kept=kept, sums=None if sums.kernel is None else summed
     )
     dshared = Shared(None, None, damounts.class_weights, damounts.label_smoothing, damounts.z_loss)
     sums = jax.tree.map(
@@ -159,8 +167,3 @@ def _block(
     if inputs.probs is not None:
         dprobs = grads.probs
     return total, aux, Tokens(grads.hidden, None, dprobs, damounts.weights), sums, kept
-
-
-def _kept_in(x: Array) -> jnp.dtype:
-    """What a gradient is kept in until the backward pass scales it: float16 would overflow, or lose what is small."""
-    return jnp.dtype(jnp.float32 if x.dtype == jnp.float16 else x.dtype)

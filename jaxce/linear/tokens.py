@@ -7,7 +7,6 @@ from typing import NamedTuple
 from jax import Array
 
 from jaxce.compose import Amounts, Options
-from jaxce.linear.blocks import Projection
 from jaxce.linear.vocabulary import Inputs
 from jaxce.sharding import AxisNames, shard_start, vary, varying
 from jaxce.targets import Targets
@@ -65,9 +64,9 @@ def vary_by_kind(tokens: Tokens, shared: Shared, axis_name: AxisNames) -> tuple[
     )
 
 
-def inputs_of(tokens: Tokens, shared: Shared, projection: Projection, options: Options) -> Inputs:
+def inputs_of(tokens: Tokens, shared: Shared, vocab_axis: int, options: Options) -> Inputs:
     dense = tokens.indices is None
-    start = shard_start(shared.kernel.shape[projection.vocab_axis], options.axis_name)
+    start = shard_start(shared.kernel.shape[vocab_axis], options.axis_name)
     return Inputs(
         tokens.hidden,
         shared.kernel,

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jaxce.gradient import Row, effective, factors, gradient
 from jaxce.linear.blocks import (
-    Projection,
+    Schedule,
     gradients,
     logits,
     matmul_dtype,
@@ -20,7 +20,6 @@ from jaxce.linear.blocks import (
     put,
     retiled_classes,
     row_major,
-    scaled,
     take,
 )
 from jaxce.sharding import shard_start, sum_over, vary, varying
@@ -48,8 +47,7 @@ _SHARED = ("kernel", "bias", "target_weights", "smoothing_weights")
 
 
 def forward(
-    projection: Projection,
-    block_v: int,
+    schedule: Schedule,
     spec: Spec,
     inputs: Inputs,
     *,
@@ -60,8 +58,8 @@ def forward(
 
     def block(start: Any, size: int, state: tuple[RowStats, Array | None]) -> tuple[RowStats, Array | None]:
         before, all_logits = state
-        x = _classes(inputs, projection, start, size)
-        z = _logits(x, projection, start, kept)
+        x = _classes(inputs, schedule, start, size)
+        z = _logits(x, schedule, start, kept)
         if keep_in is not None:
             all_logits = put(all_logits, z, start, -1)
         z = effective(spec, z, x.where)
@@ -70,18 +68,15 @@ def forward(
             stats = stats._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + jnp.asarray(first + start, jnp.int32))
         return merge(before, stats), all_logits
 
-    if keep_in is None and kept is None:
-        block_v = scaled(block_v, projection.forward_eighths)
-    V = inputs.kernel.shape[projection.vocab_axis]
+    V = inputs.kernel.shape[schedule.vocab_axis]
     first = shard_start(V, spec.axis_name)
-    state = vary((_no_classes(spec, inputs), keep_in if kept is None else kept), varying(inputs))
-    stats, all_logits = over_blocks(V, block_v, block, state)
+    state = vary((no_classes(spec, inputs), keep_in if kept is None else kept), varying(inputs))
+    stats, all_logits = over_blocks(V, schedule.forward_v, block, state)
     return merge_shards(stats, spec.axis_name), all_logits
 
 
 def backward(
-    projection: Projection,
-    block_v: int,
+    schedule: Schedule,
     spec: Spec,
     inputs: Inputs,
     stats: RowStats,
@@ -92,16 +87,14 @@ def backward(
 ) -> Inputs:
     """The gradients in the inputs, for the cotangents of the terms of each row.
 
-    With `sums`, what is shared between tokens is added to them.
+    With `sums`, what is shared between tokens is added to them. With `kept` logits, gradients are in `kept_in`.
     """
-    if kept is None:
-        block_v = scaled(block_v, projection.backward_eighths)
     rows = tuple(range(inputs.hidden.ndim - 1))
-    hidden_t = lax.optimization_barrier(jnp.moveaxis(inputs.hidden, -1, 0)) if projection.transposes else None
+    hidden_t = lax.optimization_barrier(jnp.moveaxis(inputs.hidden, -1, 0)) if schedule.transposes else None
 
     def block(start: Any, size: int, grads: Inputs) -> Inputs:
-        x = _classes(inputs, projection, start, size)
-        z = _logits(x, projection, start, kept)
+        x = _classes(inputs, schedule, start, size)
+        z = _logits(x, schedule, start, kept)
         row = Row(z, x.indices, _weighted(x), x.smoothing_weights, x.where)
         dz, dprobs, dsmoothing_weights = gradient(spec, row, of_rows)
         dbias = dtarget_weights = None
@@ -110,19 +103,20 @@ def backward(
         if x.target_weights is not None:
             dtarget_weights = jnp.sum(dprobs * x.probs.astype(dprobs.dtype), rows)
             dprobs = dprobs * jnp.broadcast_to(x.target_weights, dprobs.shape)
-        dhidden, dkernel = gradients(dz, x.hidden, x.kernel, projection, hidden_t)
+        dhidden, dkernel = gradients(dz, x.hidden, x.kernel, schedule, hidden_t)
         parts = Inputs(None, dkernel, dbias, None, dprobs, dtarget_weights, dsmoothing_weights)
         written = {"hidden": grads.hidden + dhidden}
-        for name, axis in zip(Inputs._fields, _class_axes(projection), strict=True):
+        for name, axis in zip(Inputs._fields, _class_axes(schedule), strict=True):
             whole, part = getattr(grads, name), getattr(parts, name)
             if part is not None:
                 if sums is not None and name in _SHARED:
                     part = take(whole, start, size, axis) + part.astype(whole.dtype)
                 written[name] = put(whole, part, start, axis)
-        return grads._replace(**written | {"kernel": _row_major(written["kernel"], projection)})
+        return grads._replace(**written | {"kernel": _row_major(written["kernel"], schedule)})
 
     # Every block of these is written before it is read; only dhidden is a sum.
-    grads = Inputs(*(None if x is None else lax.empty(x.shape, x.dtype) for x in inputs))
+    own = Inputs(*(None if x is None else x.dtype if kept is None else kept_in(x) for x in inputs))
+    grads = Inputs(*(None if x is None else lax.empty(x.shape, d) for x, d in zip(inputs, own, strict=True)))
     if sums is not None:
         grads = grads._replace(**{name: getattr(sums, name) for name in _SHARED})
     dhidden = jnp.zeros(inputs.hidden.shape, working_dtype(matmul_dtype(inputs.hidden, inputs.kernel)))
@@ -130,57 +124,24 @@ def backward(
     # Tied to the forward pass, or one of them takes up memory meanwhile: dhidden on chip, or hidden states retiled.
     # And what belongs to whole rows is not computed anew in every block.
     of_rows = factors(spec, inputs.indices, stats, ct)
-    if projection.retiles:
+    if schedule.retiles:
         hidden, of_rows = lax.optimization_barrier((inputs.hidden, of_rows))
         inputs = inputs._replace(hidden=hidden)
     else:
         dhidden, of_rows = lax.optimization_barrier((dhidden, of_rows))
     grads = grads._replace(hidden=dhidden, indices=None, where=None)
-    grads = over_blocks(inputs.kernel.shape[projection.vocab_axis], block_v, block, grads)
+    grads = over_blocks(inputs.kernel.shape[schedule.vocab_axis], schedule.backward_v, block, grads)
     # Of hidden states that devices share, each has the gradient from its own classes.
     dhidden = sum_over(grads.hidden, tuple(sorted(varying(grads.hidden) - varying(inputs.hidden))))
-    return grads._replace(hidden=dhidden.astype(inputs.hidden.dtype))
+    return grads._replace(hidden=dhidden.astype(own.hidden))
 
 
-def _class_axes(projection: Projection) -> tuple[int | None, ...]:
-    """Which axis of each of the inputs has the classes."""
-    return None, projection.vocab_axis, 0, None, -1, 0, 0, -1
+def kept_in(x: Array) -> jnp.dtype:
+    """What a gradient is kept in until the backward pass scales it: float16 would overflow, or lose what is small."""
+    return jnp.dtype(jnp.float32 if x.dtype == jnp.float16 else x.dtype)
 
 
-def _classes(inputs: Inputs, projection: Projection, start: Any, size: int) -> Inputs:
-    """The inputs of `size` classes from `start` on, which become classes 0 to size-1."""
-    parts = Inputs(
-        *(
-            x if x is None or axis is None else take(x, start, size, axis)
-            for x, axis in zip(inputs, _class_axes(projection), strict=True)
-        )
-    )
-    if projection.retiles and size < inputs.kernel.shape[projection.vocab_axis]:
-        parts = parts._replace(kernel=retiled_classes(inputs.kernel, start, size, projection.vocab_axis))
-    indices = None if inputs.indices is None else inputs.indices - start
-    # Both products of a block read it, from on-chip memory if it is brought there first.
-    return parts._replace(kernel=lax.optimization_barrier(parts.kernel), indices=indices)
-
-
-def _logits(x: Inputs, projection: Projection, start: Any, kept: Array | None) -> Array:
-    if kept is not None:
-        return take(kept, start, x.kernel.shape[projection.vocab_axis], -1)[: len(x.hidden)]
-    return logits(x.hidden, x.kernel, x.bias, projection)
-
-
-def _weighted(x: Inputs) -> Array | None:
-    if x.target_weights is None:
-        return x.probs
-    probs = x.probs.astype(x.target_weights.dtype)
-    return probs * jnp.broadcast_to(x.target_weights, probs.shape)
-
-
-def _row_major(dkernel: Array, projection: Projection) -> Array:
-    """dkernel, laid out as it is returned. The TPU compiler prefers the other way round for [D, V], and a copy."""
-    return row_major(dkernel) if projection.vocab_axis else dkernel
-
-
-def _no_classes(spec: Spec, inputs: Inputs) -> RowStats:
+def no_classes(spec: Spec, inputs: Inputs) -> RowStats:
     """The record of a row of no classes, which changes nothing when merged."""
     zero = jnp.zeros(inputs.hidden.shape[:-1], working_dtype(matmul_dtype(inputs.hidden, inputs.kernel)))
     return RowStats(
@@ -192,3 +153,41 @@ def _no_classes(spec: Spec, inputs: Inputs) -> RowStats:
         spread=zero if spec.entropy else None,
         argmax=jnp.zeros(zero.shape, jnp.int32) if spec.entropy else None,
     )
+
+
+def _class_axes(schedule: Schedule) -> tuple[int | None, ...]:
+    """Which axis of each of the inputs has the classes."""
+    return None, schedule.vocab_axis, 0, None, -1, 0, 0, -1
+
+
+def _classes(inputs: Inputs, schedule: Schedule, start: Any, size: int) -> Inputs:
+    """The inputs of `size` classes from `start` on, which become classes 0 to size-1."""
+    parts = Inputs(
+        *(
+            x if x is None or axis is None else take(x, start, size, axis)
+            for x, axis in zip(inputs, _class_axes(schedule), strict=True)
+        )
+    )
+    if schedule.retiles and size < inputs.kernel.shape[schedule.vocab_axis]:
+        parts = parts._replace(kernel=retiled_classes(inputs.kernel, start, size, schedule.vocab_axis))
+    indices = None if inputs.indices is None else inputs.indices - start
+    # Both products of a block read it, from on-chip memory if it is brought there first.
+    return parts._replace(kernel=lax.optimization_barrier(parts.kernel), indices=indices)
+
+
+def _logits(x: Inputs, schedule: Schedule, start: Any, kept: Array | None) -> Array:
+    if kept is not None:
+        return take(kept, start, x.kernel.shape[schedule.vocab_axis], -1)[: len(x.hidden)]
+    return logits(x.hidden, x.kernel, x.bias, schedule)
+
+
+def _weighted(x: Inputs) -> Array | None:
+    if x.target_weights is None:
+        return x.probs
+    probs = x.probs.astype(x.target_weights.dtype)
+    return probs * jnp.broadcast_to(x.target_weights, probs.shape)
+
+
+def _row_major(dkernel: Array, schedule: Schedule) -> Array:
+    """dkernel, laid out as it is returned. The TPU compiler prefers the other way round for [D, V], and a copy."""
+    return row_major(dkernel) if schedule.vocab_axis else dkernel
