@@ -23,15 +23,29 @@ def describe(x: Any) -> str:
     return f"{x!r} ({type(x).__name__})" if isinstance(x, str) else type(x).__name__
 
 
+# Floats of eight bits are taken as arguments: whatever is computed with them is computed in a wider dtype.
+_EIGHT_BITS = ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
+FLOATS = tuple(map(jnp.dtype, ("float16", "bfloat16", "float32", "float64", *(f"float8_{x}" for x in _EIGHT_BITS))))
+
+
+def to_jax(x: Any) -> jax.Array:
+    """`x` as a JAX array. One that is stays as it is: `jnp.asarray` computes with it, and `jax_debug_nans` looks."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
 def is_array(x: Any) -> bool:
-    """Whether `x` is an array of numbers or bools, or a Python number that JAX takes for one."""
+    """Whether `x` is an array of numbers or bools that JAX has a dtype for, or a Python number it takes for one."""
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return jnp.issubdtype(x.dtype, np.number) or x.dtype == np.bool_
+        known = x.dtype.isnative and x.dtype not in (np.longdouble, np.clongdouble)
+        return known and (jnp.issubdtype(x.dtype, np.number) or x.dtype == np.bool_)
     return isinstance(x, (int, float, complex))
 
 
 def is_real(x: Any) -> bool:
-    return is_array(x) and not jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+    if not is_array(x):
+        return False
+    dtype = jnp.result_type(x)
+    return dtype in FLOATS or not jnp.issubdtype(dtype, jnp.inexact)
 
 
 def is_integers(x: Any) -> bool:
@@ -40,14 +54,17 @@ def is_integers(x: Any) -> bool:
 
 def float_array(name: str, x: Any) -> jax.Array:
     """`x` as a JAX array of floats with at least one axis."""
-    if not is_array(x):
-        fail(TypeError, name, "an array of floats", describe(x), f"Convert it with jnp.asarray({name}).")
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        fail(TypeError, name, "an array of floats", describe(x), f"Convert it with {name}.astype(jnp.float32).")
+    if not is_array(x) or jnp.result_type(x) not in FLOATS:
+        fail(TypeError, name, "an array of floats, of 8 to 64 bits", describe(x), _convert(name, x))
+    x = to_jax(x)
     if x.ndim == 0:
         fail(ValueError, name, "at least one axis, the classes", describe(x))
     return x
+
+
+def _convert(name: str, x: Any) -> str:
+    """What to do about an array of the wrong dtype, or something that is no array."""
+    return f"Convert it with {f'{name}.astype(jnp.float32)' if hasattr(x, 'astype') else f'jnp.asarray({name})'}."
 
 
 def class_axes(axis: Any, ndim: int) -> tuple[int, ...]:
@@ -99,7 +116,7 @@ def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: S
     """`where`, with as many axes as the logits. A mask of the batch shape (optax) takes whole examples out."""
     if not is_array(mask) or jnp.result_type(mask) != jnp.bool_:
         fail(TypeError, "where", "an array of bools", describe(mask), "Convert it with where.astype(bool).")
-    mask = jnp.asarray(mask)
+    mask = to_jax(mask)
     readings = []
     if broadcastable(mask.shape, full):
         readings.append(mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape))
@@ -116,7 +133,7 @@ def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: S
 
 def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
     if not is_real(x):
-        fail(TypeError, "weights", "an array of real numbers", describe(x), "Convert it with jnp.asarray(weights).")
+        fail(TypeError, "weights", "an array of real numbers", describe(x), _convert("weights", x))
     if not broadcastable(jnp.shape(x), batch):
         fail(
             ValueError,
@@ -125,7 +142,7 @@ def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
             describe(x),
             "Weights per class go into class_weights.",
         )
-    return jnp.asarray(x)
+    return to_jax(x)
 
 
 def class_weights(x: Any, size: int) -> jax.Array:
@@ -135,7 +152,7 @@ def class_weights(x: Any, size: int) -> jax.Array:
             "class_weights",
             "an array of real numbers",
             describe(x),
-            "Convert it with jnp.asarray(class_weights).",
+            _convert("class_weights", x),
         )
     if jnp.shape(x) != (size,):
         fail(
@@ -145,7 +162,7 @@ def class_weights(x: Any, size: int) -> jax.Array:
             describe(x),
             "Weights per example go into weights.",
         )
-    return jnp.asarray(x)
+    return to_jax(x)
 
 
 def kernel(x: jax.Array, size: int, vocab_axis: int) -> None:
@@ -184,12 +201,12 @@ def softcap(x: Any) -> None:
         fail(ValueError, "logit_softcap", "a finite number > 0", repr(x), "None means no cap.")
 
 
-def ignore_index(x: Any, dtype: jnp.dtype) -> None:
+def ignore_index(x: Any, *dtypes: jnp.dtype) -> None:
+    """`dtypes`: of the labels as they came, and as they are used."""
     if isinstance(x, bool) or not isinstance(x, (int, np.integer)):
         fail(TypeError, "ignore_index", "None or a Python int", describe(x))
-    limits = jnp.iinfo(dtype)
-    if not limits.min <= x <= limits.max:
-        fail(ValueError, "ignore_index", f"a number that a label can be ({dtype})", repr(x))
+    if not any(jnp.iinfo(dtype).min <= x <= jnp.iinfo(dtype).max for dtype in dtypes):
+        fail(ValueError, "ignore_index", f"a number that a label can be ({dtypes[0]})", repr(x))
 
 
 def mesh_axes(axis_name: Any, batch_axis_name: Any, reduction: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -14,8 +14,9 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxce import checks
@@ -62,7 +63,6 @@ class Amounts(NamedTuple):
 
 
 def checked_options(
-    targets: Targets,
     batch: tuple[int, ...],
     num_classes: int,
     dtype: DTypeLike,
@@ -81,7 +81,8 @@ def checked_options(
 ) -> tuple[Options, Amounts]:
     """Checks the options of a public loss and parts them into constants and arrays of the working dtype.
 
-    `num_classes` is the length of the class axis, on this device if it is split.
+    `num_classes` is the length of the class axis, on this device if it is split. `ignore_index` has been checked with
+    the targets.
     """
     checks.scalar("label_smoothing", label_smoothing, 0, 1)
     checks.scalar("z_loss", z_loss, 0, math.inf)
@@ -91,22 +92,12 @@ def checked_options(
     class_axes, batch_axes = checks.mesh_axes(axis_name, batch_axis_name, reduction)
     if logit_softcap is not None:
         checks.softcap(logit_softcap)
-    if ignore_index is not None:
-        if targets.indices is None:
-            checks.fail(
-                ValueError,
-                "ignore_index",
-                "None for probability targets",
-                repr(ignore_index),
-                "Give the examples to leave out weight 0: weights=mask.",
-            )
-        checks.ignore_index(ignore_index, targets.indices.dtype)
     dtype = working_dtype(dtype)
     options = Options(
         label_smoothing=not _is_zero(label_smoothing),
         z_loss=not _is_zero(z_loss),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
-        ignore_index=None if ignore_index is None else int(ignore_index),
+        ignore_index=ignore_index,
         reduction=reduction,
         return_aux=return_aux,
         implementation=implementation or "xla",
@@ -152,6 +143,14 @@ class CrossEntropyAux:
     entropy: Array
     prediction: Array
     weight: Array
+
+
+jax.export.register_pytree_node_serialization(
+    CrossEntropyAux,
+    serialized_name="jaxce.CrossEntropyAux",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
 
 
 def compose(
@@ -200,7 +199,10 @@ def compose(
         share = amounts.label_smoothing / _class_count(participating, num_classes, dtype)
         loss = times(1 - amounts.label_smoothing, target) + times(share, terms.smoothing)
     if options.z_loss:
-        loss = loss + times(amounts.z_loss, terms.log_normalizer * terms.log_normalizer)
+        # What is not finite has no derivative: it must not turn a cotangent of 0 into NaN.
+        lse = terms.log_normalizer
+        lse = jnp.where(jnp.isfinite(lse), lse, lax.stop_gradient(lse))
+        loss = loss + times(amounts.z_loss, lse * lse)
     zero = jnp.zeros_like(loss)
     loss = jnp.where(counted, weights * loss, zero)
     reduced = reduce(loss, weight, counted, options)

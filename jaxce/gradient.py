@@ -24,8 +24,8 @@ class Row(NamedTuple):
 class Factors(NamedTuple):
     """What the gradients in all the classes of a row have in common.
 
-    dead: a row that is not finite, and on which nothing depends: it gives 0, and not NaN.
-    max: the largest logit; everything else is 0 where it is dead.
+    dead: a row that is not finite, and on which nothing depends: it gives 0. One on which something does gives NaN.
+    max: the largest logit; 0 in a row that is not finite.
     log_sum: log Σ exp(z − max).
     scale: a/(1 + rest), what exp(z − max) is multiplied by; see `gradient`.
     at_targets: the gradients of the logits at the K target indices.
@@ -51,22 +51,23 @@ def effective(spec: Spec, logits: Array, where: Array | None) -> Array:
     return logits if where is None else jnp.where(mask_like(where, logits), logits, -jnp.inf)
 
 
-def factors(spec: Spec, indices: Array | None, stats: RowStats, ct: Terms) -> Factors:
-    """What `gradient` needs to know of whole rows: their record, and the cotangents of the terms of each."""
-    dead = ~(jnp.isfinite(stats.max) & jnp.isfinite(stats.rest)) & ~_any_used(ct)
-    rest = _alive(dead, stats.rest)
-    inverse = 1 / (1 + rest)
+def factors(spec: Spec, indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> Factors:
+    """What `gradient` needs to know of whole rows: their finite record, and the cotangents of the terms of each."""
+    dead = ~alive & ~_any_used(ct)
+    sound = jnp.where(alive | dead, 1, jnp.nan).astype(stats.rest.dtype)
+    rest = stats.rest
+    inverse = sound / (1 + rest)
     a = ct.log_normalizer + (jnp.sum(ct.target, -1) if indices is not None else ct.target * stats.target.mass)
     if spec.smoothing:
         a = a + ct.smoothing * stats.smoothing.mass
     at_targets = entropy = None
     if spec.entropy:
         entropy = ct.entropy * inverse
-        a = a - entropy * _alive(dead, stats.spread)
+        a = a - entropy * stats.spread
     if indices is not None:
-        below = _alive(dead, stats.picked) - _alive(dead, stats.max)[..., None]
+        below = stats.picked - stats.max[..., None]
         at_targets = _at_targets(indices, ct.target, a, below, rest, inverse, entropy)
-    return Factors(dead, stats.max, jnp.log1p(rest), a * inverse, at_targets, ct.target, ct.smoothing, entropy)
+    return Factors(dead, stats.max, sound * jnp.log1p(rest), a * inverse, at_targets, ct.target, ct.smoothing, entropy)
 
 
 def gradient(spec: Spec, row: Row, of: Factors) -> tuple[Array, Array | None, Array | None]:
@@ -85,7 +86,7 @@ def gradient(spec: Spec, row: Row, of: Factors) -> tuple[Array, Array | None, Ar
 
     z = effective(spec, row.logits, row.where)
     e = _alive(of.dead, exponentials(z, of.max))
-    below = _alive(of.dead, of.max)[..., None] - _alive(of.dead, z.astype(dtype))
+    below = of.max[..., None] - _alive(of.dead, z.astype(dtype))
     scale = of.scale[..., None]
     if of.entropy is not None:
         scale = scale + of.entropy[..., None] * _finite_distance(below)
@@ -105,7 +106,7 @@ def gradient(spec: Spec, row: Row, of: Factors) -> tuple[Array, Array | None, Ar
             dweights = jnp.sum(taking_part(times(share, surprise)), tuple(range(dz.ndim - 1)))
     dz = taking_part(dz)
     if spec.logit_softcap is not None:
-        t = jnp.tanh(row.logits.astype(dtype) / spec.logit_softcap)
+        t = jnp.tanh(_alive(of.dead, row.logits.astype(dtype)) / spec.logit_softcap)
         dz = dz * ((1 - t) * (1 + t))
     return dz.astype(row.logits.dtype), dprobs, dweights
 
@@ -132,8 +133,8 @@ def _at_targets(
 
 
 def _finite_distance(below: Array) -> Array:
-    """max − z, or where that is infinite the largest float: there exp(z − max) is 0, and so must their product be."""
-    return jnp.minimum(below, jnp.finfo(below.dtype).max)
+    """max − z, or a finite number where exp(z − max) is 0, and so must their product be, whatever it is scaled by."""
+    return jnp.minimum(below, 1e4)
 
 
 def _any_used(ct: Terms) -> Array:

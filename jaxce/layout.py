@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from jaxce.sharding import explicit_mesh, place, spec_of
 from jaxce.targets import Targets
+
+
+def sharded_alike(
+    logits: Array, targets: Targets, where: Array | None, weights: Array | None, axes: tuple[int, ...]
+) -> tuple[Targets, Array | None, Array | None]:
+    """Targets, mask and weights, on a mesh with Explicit axes sharded as the logits are."""
+    if (mesh := explicit_mesh(logits)) is None:
+        return targets, where, weights
+    full = spec_of(logits)
+    batch = [s for i, s in enumerate(full) if i not in axes]
+
+    def placed(x: Array | None, spec: Sequence[Any]) -> Array | None:
+        return x if x is None else place(x, mesh, spec)
+
+    entries = [*batch, None]
+    probs = placed(targets.probs, full if targets.indices is None else entries)
+    return Targets(placed(targets.indices, entries), probs), placed(where, full), placed(weights, batch)
 
 
 def classes_last(

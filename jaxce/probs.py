@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxce import checks
 from jaxce.compose import Amounts, Options, checked_options, compose, unused_examples
-from jaxce.layout import classes_last
+from jaxce.layout import classes_last, sharded_alike
 from jaxce.stats import Terms, pick, times, working_dtype
 from jaxce.targets import Targets, entry_probs, sort_by_kind
 
@@ -63,9 +63,8 @@ def cross_entropy_from_probs(
     batch = tuple(n for i, n in enumerate(probs.shape) if i not in axes)
     num_classes = math.prod(probs.shape[i] for i in axes)
     checks.num_classes("probs", num_classes)
-    by_kind = sort_by_kind(targets, batch, probs.shape)
+    by_kind, ignore_index = sort_by_kind(targets, batch, probs.shape, ignore_index)
     options, amounts = checked_options(
-        by_kind,
         batch,
         num_classes,
         probs.dtype,
@@ -80,6 +79,8 @@ def cross_entropy_from_probs(
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))
 def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...], options: Options) -> Array:
+    targets, _, weights = sharded_alike(p, targets, None, amounts.weights, axes)
+    amounts = amounts._replace(weights=weights)
     p, targets, _ = classes_last(p, targets, None, axes)
     dtype = working_dtype(p.dtype)
     p = p.astype(dtype)
@@ -87,6 +88,7 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     unused = unused_examples(targets, p[..., 0], options, amounts)
     slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
     valid = jnp.all((p >= 0) & (p <= 1 + slack), -1)
+    p = jnp.where((unused & ~valid)[..., None], jnp.ones_like(p), p)
     p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
 
     if targets.indices is not None:

@@ -6,6 +6,7 @@ types say which arrays differ along which axes, and derivatives are right becaus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -64,3 +65,23 @@ def shard_count(axes: AxisNames) -> int:
 def shard_start(size: int, axes: AxisNames) -> Array | int:
     """The number of this device's first class, if each holds `size`."""
     return lax.axis_index(axes) * size if axes else 0
+
+
+def explicit_mesh(*arrays: Any) -> Any:
+    """The mesh with Explicit axes that is in use, or that an array is sharded over; None if there is none."""
+    meshes = [jax.typeof(a).sharding.mesh for a in arrays if isinstance(a, jax.Array)]
+    explicit = jax.sharding.AxisType.Explicit
+    return next((m for m in (jax.sharding.get_abstract_mesh(), *meshes) if explicit in m.axis_types), None)
+
+
+def spec_of(x: Array) -> jax.P:
+    """How every axis of `x` is split."""
+    spec = jax.typeof(x).sharding.spec
+    return jax.P(*spec, *[None] * (x.ndim - len(spec)))
+
+
+def place(x: Array, mesh: Any, spec: Sequence[Any]) -> Array:
+    """`x`, sharded over the mesh by `spec`, which is of the shape that its own broadcasts to."""
+    own = spec[len(spec) - x.ndim :]
+    spec = jax.P(*(None if n == 1 else s for n, s in zip(x.shape, own, strict=True)))
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))

@@ -14,30 +14,48 @@ from jax import Array
 from jaxce import autodiff, checks
 from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose, unused_examples
 from jaxce.gradient import Row, effective, factors, gradient
-from jaxce.layout import class_count, classes_last
+from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.sharding import shard_count, shard_start, sum_over, vary, varying
-from jaxce.stats import RowStats, Spec, Terms, finish, merge_argmax, merge_shards, row_stats, working_dtype
+from jaxce.stats import (
+    RowStats,
+    Spec,
+    Terms,
+    finish,
+    finite,
+    merge_argmax,
+    merge_shards,
+    row_stats,
+    weighted,
+    working_dtype,
+)
 from jaxce.targets import Targets, sort_by_kind
 
 
 @overload
 def softmax_cross_entropy(
-    logits: Any, targets: Any, axis: Any = -1, where: Any = None, *, return_aux: Literal[True], **options: Any
+    logits: Any, targets: Any = None, axis: Any = -1, where: Any = None, *, return_aux: Literal[True], **options: Any
 ) -> tuple[Array, CrossEntropyAux]: ...
 
 
 @overload
 def softmax_cross_entropy(
-    logits: Any, targets: Any, axis: Any = -1, where: Any = None, *, return_aux: Literal[False] = False, **options: Any
+    logits: Any,
+    targets: Any = None,
+    axis: Any = -1,
+    where: Any = None,
+    *,
+    return_aux: Literal[False] = False,
+    **options: Any,
 ) -> Array: ...
 
 
 def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what does not change the return type
     logits: Any,
-    targets: Any,
+    targets: Any = None,
     axis: int | tuple[int, ...] | None = -1,
     where: Any = None,
     *,
+    labels: Any = None,
     weights: Any = None,
     class_weights: Any = None,
     label_smoothing: Any = 0.0,
@@ -69,6 +87,7 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
       targets: integers of the batch shape `[...]` (the shape of logits without the class axis), from 0 to V-1;
         or floats of exactly the shape of logits, probabilities that sum to 1 along the class axis; or
         `jaxce.SparseTargets`. They are never broadcast.
+      labels: optax's name for `targets`: give one of the two.
       axis: the class axis. A tuple of axes makes them one class axis, row-major (index targets are then flat indices);
         None means all axes.
       where: bools that broadcast to the shape of logits: the classes that take part. The others get no probability and
@@ -115,11 +134,15 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
       z-loss: Zoph et al., "ST-MoE", 2022, equation 5, applied to the output logits as in PaLM (2022), section 5.
       Soft cap: Gemma 2 (2024), section 2.
     """
+    if (targets is None) == (labels is None):
+        got = "neither" if targets is None else "both"
+        checks.fail(TypeError, "targets", "targets, or labels for the same under optax's name", got)
     return _checked_loss(
         logits,
-        targets,
+        labels if targets is None else targets,
         axis,
         where,
+        "targets" if labels is None else "labels",
         weights=weights,
         class_weights=class_weights,
         label_smoothing=label_smoothing,
@@ -168,16 +191,24 @@ def softmax_cross_entropy_with_integer_labels(
     return _checked_loss(logits, labels, axis, where, targets_name="labels")
 
 
-def _checked_loss(logits: Any, targets: Any, axis: Any, where: Any, targets_name: str = "targets", **options: Any):
+def _checked_loss(
+    logits: Any,
+    targets: Any,
+    axis: Any,
+    where: Any,
+    targets_name: str = "targets",
+    ignore_index: int | None = None,
+    **options: Any,
+):
     logits = checks.float_array("logits", logits)
     axes = checks.class_axes(axis, logits.ndim)
     batch = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
     num_classes = math.prod(logits.shape[i] for i in axes)
     checks.num_classes("logits", num_classes)
-    by_kind = sort_by_kind(targets, batch, logits.shape, targets_name)
+    by_kind, ignore_index = sort_by_kind(targets, batch, logits.shape, ignore_index, targets_name)
     if where is not None:
         where = checks.where_mask(where, logits.shape, batch, axes)
-    constants, amounts = checked_options(by_kind, batch, num_classes, logits.dtype, **options)
+    constants, amounts = checked_options(batch, num_classes, logits.dtype, ignore_index=ignore_index, **options)
     checks.split_over("logits", logits, constants.axis_name, "classes")
     checks.split_over("logits", logits, constants.batch_axis_name, "examples")
     return _loss(logits, by_kind, where, amounts, axes=axes, options=constants)
@@ -187,6 +218,8 @@ def _checked_loss(logits: Any, targets: Any, axis: Any, where: Any, targets_name
 def _loss(
     logits: Array, targets: Targets, where: Array | None, amounts: Amounts, *, axes: tuple[int, ...], options: Options
 ) -> Array | tuple[Array, CrossEntropyAux]:
+    targets, where, weights = sharded_alike(logits, targets, where, amounts.weights, axes)
+    amounts = amounts._replace(weights=weights)
     logits, targets, where = classes_last(logits, targets, where, axes)
     return loss_of_logits(logits, targets, where, amounts, options)
 
@@ -209,22 +242,22 @@ def loss_of_logits(
         bad = sum_over(bad.astype(jnp.int32), axes) > 0
         logits = jnp.where((unused & bad)[..., None], jnp.zeros_like(logits), logits)
     probs = targets.probs if targets.indices is None else None
-    weighted = probs
+    by_class = probs
     if probs is not None and amounts.class_weights is not None:
         # Several uses below, of logits too with aux: their gradients must not be rounded before they are added.
         dtype = amounts.class_weights.dtype
         probs = probs.astype(dtype)
         targets = targets._replace(probs=probs)
-        weighted = probs * jnp.broadcast_to(amounts.class_weights, probs.shape)
+        by_class = weighted(probs, amounts.class_weights)
         if options.return_aux:
             logits = logits.astype(dtype)
     indices = None if targets.indices is None else targets.indices - start
-    rows = (logits, indices, weighted, amounts.class_weights, where)
+    rows = (logits, indices, by_class, amounts.class_weights, where)
     rows = vary(rows, varying(rows))
     terms = terms_of(options.spec, *rows)
     unweighted = prediction = None
     if options.return_aux:
-        if weighted is not probs:
+        if by_class is not probs:
             unweighted = terms_of(options.nll_spec, rows[0], None, vary(probs, varying(rows)), None, where).target
         z = effective(Spec(), logits, where)
         argmax = jnp.argmax(z, -1).astype(jnp.int32) + start
@@ -265,12 +298,12 @@ def softmax_terms(
 def _terms_fwd(spec, logits, indices, probs, smoothing_weights, where):
     stats = row_stats(effective(spec, logits, where), spec, indices, probs, smoothing_weights, where)
     stats = merge_shards(stats, spec.axis_name)
-    return finish(stats), (Row(logits, indices, probs, smoothing_weights, where), stats)
+    return finish(stats), (Row(logits, indices, probs, smoothing_weights, where), *finite(stats))
 
 
-def _terms_bwd(spec: Spec, residuals: tuple[Row, RowStats], ct: Terms):
-    row, stats = residuals
-    dlogits, dprobs, dweights = gradient(spec, row, factors(spec, row.indices, stats, ct))
+def _terms_bwd(spec: Spec, residuals: tuple[Row, RowStats, Array], ct: Terms):
+    row, stats, alive = residuals
+    dlogits, dprobs, dweights = gradient(spec, row, factors(spec, row.indices, stats, alive, ct))
     return dlogits, None, dprobs, dweights, None
 
 

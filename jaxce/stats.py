@@ -86,10 +86,29 @@ def working_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(dtype if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
+def matmul_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """What the factors of a product are cast to, to be summed in its working dtype. bfloat16 holds all of 8 bits."""
+    wide = [jnp.bfloat16 if jnp.dtype(d).itemsize == 1 else d for d in dtypes]
+    return jnp.promote_types(*wide)
+
+
 def times(a: Array, x: Array) -> Array:
     """a·x, but 0 where a is 0 and x is not finite. Differentiable in both: where x is finite it is a plain product."""
     a, x = jnp.broadcast_arrays(a, x)
     return a * jnp.where((a == 0) & ~jnp.isfinite(x), jnp.zeros_like(x), x)
+
+
+@jax.custom_jvp
+def weighted(probs: Array, weights: Array) -> Array:
+    """The product, whose derivatives take an infinite cotangent, that of a class of probability 0, times 0 as 0."""
+    return probs * jnp.broadcast_to(weights, probs.shape)
+
+
+@weighted.defjvp
+def _weighted_jvp(primals, tangents):
+    (a, b), (da, db) = (jnp.broadcast_arrays(*x) for x in (primals, tangents))
+    zero = jnp.zeros_like(a)
+    return a * b, jnp.where(b == 0, zero, b * da) + jnp.where(a == 0, zero, a * db)
 
 
 def row_stats(
@@ -153,6 +172,19 @@ def finish(stats: RowStats) -> Terms:
         target = surprise(stats.target)
     entropy = None if stats.spread is None else log_sum + stats.spread / (1 + stats.rest)
     return Terms(stats.max + log_sum, target, surprise(stats.smoothing), entropy)
+
+
+def finite(stats: RowStats) -> tuple[RowStats, Array]:
+    """The record with 0 for every number of a row without a finite maximum and sum; and which rows have one.
+
+    This is what the backward pass is left: an ignored row may hold NaN, and a debugger would stop at it.
+    """
+    alive = jnp.isfinite(stats.max) & jnp.isfinite(stats.rest)
+
+    def kept(x: Array) -> Array:
+        return jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, jnp.zeros_like(x))
+
+    return jax.tree.map(kept, stats), alive
 
 
 def merge(a: RowStats, b: RowStats) -> RowStats:

@@ -7,6 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -42,6 +43,15 @@ class SparseTargets:
     probs: Any
 
 
+# So that `jax.export` can serialise functions that take them.
+jax.export.register_pytree_node_serialization(
+    SparseTargets,
+    serialized_name="jaxce.SparseTargets",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
+
+
 class Targets(NamedTuple):
     """Checked targets: indices `[..., K]` with probs `[..., K]` or None (1 each); or probs alone, shaped as logits."""
 
@@ -49,19 +59,24 @@ class Targets(NamedTuple):
     probs: Array | None
 
 
-def sort_by_kind(targets: Any, batch: tuple[int, ...], full: tuple[int, ...], name: str = "targets") -> Targets:
-    """Checks `targets` against logits of shape `full`, `batch` without the class axes."""
+def sort_by_kind(
+    targets: Any, batch: tuple[int, ...], full: tuple[int, ...], ignore_index: int | None, name: str = "targets"
+) -> tuple[Targets, int | None]:
+    """Checks `targets` against logits of shape `full`, `batch` without the class axes.
+
+    The second result is the number that ignored labels have in the first.
+    """
     if isinstance(targets, SparseTargets):
-        indices = _integers("targets.indices", targets.indices)
+        indices, ignored = class_indices("targets.indices", targets.indices, ignore_index)
         checks.indices("targets.indices", indices, batch, full, sparse=True)
         probs = checks.float_array("targets.probs", targets.probs)
         checks.probabilities("targets.probs", probs, indices.shape)
         # In a working dtype: where they are used more than once, their gradients are added before they are rounded.
-        return Targets(indices, probs.astype(working_dtype(probs.dtype)))
+        return Targets(indices, probs.astype(working_dtype(probs.dtype))), ignored
     if checks.is_integers(targets):
-        indices = _integers(name, targets)
+        indices, ignored = class_indices(name, targets, ignore_index)
         checks.indices(name, indices, batch, full)
-        return Targets(indices[..., None], None)
+        return Targets(indices[..., None], None), ignored
     if not checks.is_array(targets) or not jnp.issubdtype(jnp.result_type(targets), jnp.floating):
         checks.fail(
             TypeError,
@@ -70,20 +85,43 @@ def sort_by_kind(targets: Any, batch: tuple[int, ...], full: tuple[int, ...], na
             checks.describe(targets),
             f"Convert lists with jnp.asarray({name}), one-hot bools with {name}.astype(logits.dtype).",
         )
-    probs = jnp.asarray(targets)
+    probs = checks.float_array(name, targets)
     checks.probabilities(name, probs, full)
-    return Targets(None, probs)
+    if ignore_index is not None:
+        hint = "Give the examples to leave out weight 0: weights=mask."
+        checks.fail(ValueError, "ignore_index", "None for probability targets", repr(ignore_index), hint)
+    return Targets(None, probs), None
 
 
-def _integers(name: str, x: Any) -> Array:
+def class_indices(name: str, x: Any, ignore_index: int | None) -> tuple[Array, int | None]:
+    """Labels of any integer dtype as int32 or, with x64, int64; and the number that ignored ones have there.
+
+    A label that is too large for it becomes another number that is no class and is not ignored, and an `ignore_index`
+    that is too large becomes the smallest number. So NumPy and JAX arrays of every dtype mean the same.
+    """
     if not checks.is_integers(x):
         checks.fail(TypeError, name, "an array of integers, class indices", checks.describe(x))
-    if not isinstance(x, jax.Array) and jnp.result_type(int) == jnp.int32:
-        limits = jnp.iinfo(jnp.int32)  # JAX would wrap 2³² to class 0
-        x = np.clip(x, limits.min, limits.max)
-    x = jnp.asarray(x)
-    # Eight bits hold labels too, but not the numbers of all the classes they are compared with.
-    return x.astype(jnp.int64 if x.dtype.itemsize == 8 else jnp.int32)
+    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    given, used = x.dtype, jnp.dtype(jnp.int32)
+    if jnp.iinfo(given).max > jnp.iinfo(used).max:
+        used = jnp.result_type(int)
+    limits = jnp.iinfo(used)
+    if ignore_index is not None:
+        checks.ignore_index(ignore_index, given, used)
+        ignore_index = int(ignore_index)
+    if jnp.iinfo(given).max <= limits.max:
+        return jnp.asarray(x.astype(used)), ignore_index
+    xp: Any = jnp if isinstance(x, jax.Array) else np
+    fits = x <= given.type(limits.max)
+    if jnp.iinfo(given).min < limits.min:
+        fits &= x >= given.type(limits.min)
+    other = limits.max - (ignore_index == limits.max)
+    labels = xp.where(fits, x, given.type(other)).astype(used)
+    if ignore_index is not None and not limits.min <= ignore_index <= limits.max:
+        ignored = x == given.type(ignore_index)
+        labels = xp.where(ignored, used.type(limits.min), xp.where(labels == limits.min, used.type(other), labels))
+        ignore_index = limits.min
+    return jnp.asarray(labels), ignore_index
 
 
 def entry_probs(targets: Targets, ignore_index: int | None) -> Array | None:

@@ -11,6 +11,7 @@ from jax import Array
 from jaxce import checks
 from jaxce.softmax import softmax_cross_entropy
 from jaxce.stats import working_dtype
+from jaxce.targets import class_indices
 
 
 class Outcomes(NamedTuple):
@@ -43,20 +44,22 @@ class Outcomes(NamedTuple):
         return jnp.where(divisor == 0, 0, self.total(values) / jnp.where(divisor == 0, 1, divisor))
 
 
-def checked(logits: Any, targets: Any, weights: Any) -> tuple[Array, Array, Array]:
-    """Logits [N, V], labels [N] and weights [N] in the working dtype."""
+def checked(
+    logits: Any, targets: Any, weights: Any, ignore_index: int | None
+) -> tuple[Array, Array, Array, int | None]:
+    """Logits [N, V], labels [N], weights [N] in the working dtype, and the number that ignored labels have."""
     logits = checks.float_array("logits", logits)
     checks.num_classes("logits", logits.shape[-1])
     if not checks.is_integers(targets):
         hint = "The classes of one-hot targets are targets.argmax(-1)."
         checks.fail(TypeError, "targets", "integers, one class per example", checks.describe(targets), hint)
-    targets = jnp.asarray(targets)
+    targets, ignore_index = class_indices("targets", targets, ignore_index)
     batch = logits.shape[:-1]
     checks.indices("targets", targets, batch, logits.shape)
     dtype = working_dtype(logits.dtype)
     weights = checks.example_weights(1.0 if weights is None else weights, batch).astype(dtype)
     weights = jnp.broadcast_to(jnp.where(weights >= 0, weights, jnp.nan), batch)
-    return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights.reshape(-1), ignore_index
 
 
 def outcomes(logits: Array, labels: Array, weights: Array, ignore_index: int | None) -> Outcomes:
@@ -65,8 +68,6 @@ def outcomes(logits: Array, labels: Array, weights: Array, ignore_index: int | N
     # z_loss etc. are no part of what a model knows: the plain loss, whatever it was trained with.
     _, aux = softmax_cross_entropy(logits, labels, ignore_index=ignore_index, return_aux=True)
     used = (aux.weight != 0) & (weights != 0)
-    if jnp.iinfo(labels.dtype).bits < 32:
-        labels = labels.astype(jnp.int32)
     inside = (labels >= 0) & (labels < num_classes)
     label = jnp.where(inside & used, labels, jnp.zeros_like(labels)).astype(jnp.int32)
 

@@ -110,11 +110,11 @@ def calibration(
     """
     if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
         checks.fail(ValueError, "num_bins", "a Python int >= 1", repr(num_bins))
-    return _calibration(*checked(logits, targets, weights), num_bins, ignore_index)
+    return _calibration(*checked(logits, targets, weights, ignore_index), num_bins)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _calibration(logits: Array, labels: Array, weights: Array, num_bins: int, ignore_index: int | None) -> Calibration:
+def _calibration(logits: Array, labels: Array, weights: Array, ignore_index: int | None, num_bins: int) -> Calibration:
     return binned(outcomes(logits, labels, weights, ignore_index), num_bins)
 
 
@@ -146,7 +146,7 @@ def brier(logits: Any, targets: Any, *, weights: Any = None, ignore_index: int |
     Note:
       Brier, "Verification of forecasts expressed in terms of probability", 1950, equation 2.
     """
-    return _brier(*checked(logits, targets, weights), ignore_index)
+    return _brier(*checked(logits, targets, weights, ignore_index))
 
 
 @functools.partial(jax.jit, static_argnums=3)

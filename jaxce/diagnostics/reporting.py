@@ -258,7 +258,7 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
                     s.costliest.cost,
                     strict=True,
                 )
-                if cost != -np.inf
+                if cost != -1
             ),
             calibration=tuple(
                 Bin(*map(float, row))

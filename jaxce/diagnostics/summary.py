@@ -25,7 +25,7 @@ LOSS_EDGES = np.logspace(-6, 2, 41)
 )
 @dataclasses.dataclass(frozen=True)
 class Costliest:
-    """The m examples with the largest cost (weight times loss), largest first; NaN counts as inf, −inf fills up."""
+    """The m examples with the largest cost (weight times loss), largest first; NaN counts as inf, −1 fills up."""
 
     index: Array
     label: Array
@@ -135,7 +135,7 @@ def summarize(
     Note:
       Sums are in the working dtype of the logits, as in `softmax_cross_entropy`.
     """
-    logits, labels, weights = checked(logits, targets, weights)
+    logits, labels, weights, ignore_index = checked(logits, targets, weights, ignore_index)
     if top_k is None:
         top_k = (5,) if logits.shape[-1] > 5 else ()
     top_k = (top_k,) if isinstance(top_k, (int, np.integer)) else tuple(top_k)
@@ -211,8 +211,8 @@ def _like_probabilities(logits: Array) -> Array:
 
 def _costliest(made: Outcomes, count: int) -> Costliest:
     nothing = jnp.full(count, -1, jnp.int32)
-    no_loss = jnp.full(count, -jnp.inf, made.nll.dtype)
-    cost = jnp.where(made.used, made.weight * made.nll, -jnp.inf)
+    no_loss = jnp.full(count, -1, made.nll.dtype)  # and not −inf, which `jax_debug_infs` would stop at
+    cost = jnp.where(made.used, made.weight * made.nll, -1)
     index = jnp.where(made.used, jnp.arange(cost.shape[0], dtype=jnp.int32), -1)
     found = Costliest(index, made.label, made.prediction, made.nll, cost)
     return Costliest(nothing, nothing, nothing, no_loss, no_loss).merge(found, jnp.asarray(0, jnp.int32))

@@ -63,11 +63,11 @@ def fit_temperature(
         checks.scalar(name, x, 0, float("inf"))
     if not 0 < bounds[0] < bounds[1]:
         checks.fail(ValueError, "bounds", "0 < lower < upper", repr(bounds))
-    return _fit(*checked(logits, targets, weights), float(bounds[0]), float(bounds[1]), ignore_index)
+    return _fit(*checked(logits, targets, weights, ignore_index), float(bounds[0]), float(bounds[1]))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
-def _fit(logits: Array, labels: Array, weights: Array, low: float, high: float, ignore_index: int | None) -> Array:
+def _fit(logits: Array, labels: Array, weights: Array, ignore_index: int | None, low: float, high: float) -> Array:
     dtype = weights.dtype
     # A class of probability 0 stays one at every temperature: taken out, so that 0·∞ does not come up.
     possible = ~(logits == -jnp.inf)

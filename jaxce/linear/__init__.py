@@ -16,8 +16,9 @@ from jaxce.compose import CrossEntropyAux, Options, applied_weights, checked_opt
 from jaxce.linear import blocks, mesh, rule
 from jaxce.linear import plan as plans
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, targets_of, vary_by_kind
-from jaxce.sharding import explicitly_sharded
+from jaxce.sharding import explicit_mesh
 from jaxce.softmax import loss_of_logits
+from jaxce.stats import matmul_dtype, working_dtype
 from jaxce.targets import sort_by_kind
 
 
@@ -133,15 +134,20 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
         "memory_budget": memory_budget,
         "precision": precision,
     }
-    split = explicitly_sharded(*(x for x in (hidden, kernel) if isinstance(x, jax.Array)))
-    if split and axis_name is None and batch_axis_name is None:
+    if (explicit := explicit_mesh(hidden, kernel)) is not None:
+        for name in "axis_name", "batch_axis_name":
+            if arguments[name] is not None:
+                hint = "Types say how hidden states and kernel are split; or name every axis in a shard_map."
+                checks.fail(ValueError, name, "None on a mesh with Explicit axes", repr(arguments[name]), hint)
         _checked(**arguments | {"memory_budget": None})  # a budget is for each device
-        return mesh.over_mesh(linear_cross_entropy, arguments)
+        return mesh.over_mesh(linear_cross_entropy, explicit, arguments)
     tokens, shared, options, schedules, _ = _checked(**arguments)
     return _loss(tokens, shared, options=options, schedules=schedules)
 
 
-def plan_linear_cross_entropy(hidden: Any, kernel: Any, targets: Any, **options: Any) -> plans.LinearPlan:
+def plan_linear_cross_entropy(
+    hidden: Any, kernel: Any, targets: Any, *, platform: str | None = None, **options: Any
+) -> plans.LinearPlan:
     r"""What `jaxce.linear_cross_entropy` will do with the same arguments: mode, block sizes, memory, operations.
 
     For N tokens of D features and V classes the matmuls of loss and gradients take
@@ -153,6 +159,7 @@ def plan_linear_cross_entropy(hidden: Any, kernel: Any, targets: Any, **options:
     Args:
       hidden, kernel, targets, options: as there; arrays or `jax.ShapeDtypeStruct`. Nothing is computed. Of what is
         split over devices, give one device's share: plan and budget are for each.
+      platform: `"cpu"`, `"tpu"` or `"gpu"`: what the program is compiled for. None: what this process runs on.
 
     Returns:
       A `LinearPlan`; `print` shows it.
@@ -172,15 +179,16 @@ def plan_linear_cross_entropy(hidden: Any, kernel: Any, targets: Any, **options:
     Note:
       The block sizes and the defaults of `jaxce.linear.plan` come from measurements and from compiled programs.
     """
-    given = {"hidden": hidden, "kernel": kernel, "targets": targets, **options}
+    checks.one_of("platform", platform, (None, *plans.PLATFORMS))
+    given = {"hidden": hidden, "kernel": kernel, "targets": targets, "platform": platform, **options}
     is_array = {name: all(map(_has_shape, jax.tree.leaves(x))) and x is not None for name, x in given.items()}
     constants = {name: x for name, x in given.items() if not is_array[name]}
-    plans = []
+    made = []
     jax.eval_shape(
-        lambda arrays: plans.append(_checked(**arrays, **constants)[-1]),
+        lambda arrays: made.append(_checked(**arrays, **constants)[-1]),
         {name: x for name, x in given.items() if is_array[name]},
     )
-    return plans[0]
+    return made[0]
 
 
 def _has_shape(x: Any) -> bool:
@@ -195,6 +203,7 @@ def _checked(
     bias: Any = None,
     vocab_axis: int = 1,
     where: Any = None,
+    ignore_index: int | None = None,
     mode: str | None = None,
     memory_budget: int | None = None,
     precision: Any = None,
@@ -210,18 +219,26 @@ def _checked(
     V = kernel.shape[vocab_axis]
     checks.num_classes("kernel", V)
     full = (*batch, V)
-    by_kind = sort_by_kind(targets, tuple(batch), full)
+    by_kind, ignore_index = sort_by_kind(targets, tuple(batch), full, ignore_index)
     if where is not None:
         where = checks.where_mask(where, full, tuple(batch), (len(batch),))
     if bias is not None:
         bias = checks.bias(bias, V)
-    dtype = blocks.matmul_dtype(hidden, kernel)
-    constants, amounts = checked_options(by_kind, tuple(batch), V, dtype, **options)
+    dtype = matmul_dtype(hidden.dtype, kernel.dtype)
+    constants, amounts = checked_options(tuple(batch), V, dtype, ignore_index=ignore_index, **options)
     checks.split_over("kernel", kernel, constants.axis_name, "classes")
     checks.split_over("hidden", hidden, constants.batch_axis_name, "tokens")
     _check_mode(mode, memory_budget, constants)
+    N = math.prod(batch)
+    if not isinstance(N, int) and (mode == "store" or memory_budget is not None):
+        name, x = ("mode", mode) if mode == "store" else ("memory_budget", memory_budget)
+        hint = "Blocks of tokens cannot be chosen while exporting with a symbolic batch."
+        checks.fail(ValueError, name, "None for hidden states of unknown length", f"{x!r}, hidden {hidden.shape}", hint)
+    if not isinstance(D * V, int):
+        hint = "Only the batch may be symbolic."
+        checks.fail(ValueError, "kernel", "a shape of numbers", checks.describe(kernel), hint)
     problem = plans.Problem(
-        math.prod(batch),
+        N,
         D,
         V,
         hidden.dtype,
@@ -286,7 +303,8 @@ def _without_unused(tokens: Tokens, shared: Shared, options: Options, V: int, bl
     ):
         return hidden
     classes = blocks.participating(tokens.where, (*hidden.shape[:-1], V), block_v, options.axis_name)
-    given = targets_of(tokens), jnp.sum(hidden, -1), options, amounts_of(tokens, shared), classes
+    like = jnp.sum(hidden, -1).astype(working_dtype(hidden.dtype))
+    given = targets_of(tokens), like, options, amounts_of(tokens, shared), classes
     unused = unused_examples(*given)
     if not (options.label_smoothing or options.z_loss or options.return_aux):  # which a class of weight 0 does not stop
         unused |= applied_weights(*given) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxce.layout import class_count
 from jaxce.sharding import AxisNames, sum_over, vary, varying
-from jaxce.stats import working_dtype
+from jaxce.stats import matmul_dtype, working_dtype
 
 State = TypeVar("State")
 
@@ -126,14 +125,9 @@ def participating(where: Array | None, shape: tuple[int, ...], block_v: int, axi
     return sum_over(over_blocks(shape[-1], block_v, block, count), axis_name)
 
 
-def matmul_dtype(hidden: Array, kernel: Array) -> jnp.dtype:
-    """What `hidden @ kernel` casts its factors to. The products are summed in its working dtype."""
-    return jnp.promote_types(hidden.dtype, kernel.dtype)
-
-
 def logits(hidden: Array, kernel: Array, bias: Array | None, schedule: Schedule) -> Array:
     """hidden @ kernel + bias, in the working dtype."""
-    dtype = matmul_dtype(hidden, kernel)
+    dtype = matmul_dtype(hidden.dtype, kernel.dtype)
     if schedule.widens:
         dtype = working_dtype(dtype)
     z = contract(hidden, -1, kernel, 1 - schedule.vocab_axis, dtype, schedule)
@@ -144,7 +138,7 @@ def gradients(
     dz: Array, hidden: Array, kernel: Array, schedule: Schedule, hidden_t: Array | None = None
 ) -> tuple[Array, Array]:
     """dhidden and dkernel, in the working dtype, for the gradient of the logits. `hidden_t` has D first."""
-    dtype = matmul_dtype(hidden, kernel)
+    dtype = matmul_dtype(hidden.dtype, kernel.dtype)
     if schedule.widens or dtype == jnp.float16:  # the gradients of unlikely classes would vanish in it
         dtype = dz.dtype
     # Without the barriers TPU compilers compute dz once for each of the two products.

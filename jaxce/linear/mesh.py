@@ -8,26 +8,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxce import checks
 from jaxce.compose import CrossEntropyAux
+from jaxce.sharding import place, spec_of
 from jaxce.targets import SparseTargets
 
 
-def over_mesh(loss: Callable[..., Any], arguments: dict[str, Any]) -> Array | tuple[Array, CrossEntropyAux]:
+def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) -> Array | tuple[Array, CrossEntropyAux]:
     """`loss(**arguments)`, with the tokens split as `hidden` is and the classes as `kernel` is.
 
     What belongs to tokens or classes is brought to the same sharding; these are small beside the two.
     """
-    hidden, kernel = arguments["hidden"], arguments["kernel"]
+    hidden, kernel = jnp.asarray(arguments["hidden"]), jnp.asarray(arguments["kernel"])
     vocab_axis = arguments["vocab_axis"] % 2
-    *tokens, hidden_features = _spec(hidden)
-    classes, kernel_features = (_spec(kernel)[i] for i in (vocab_axis, 1 - vocab_axis))
+    *tokens, hidden_features = spec_of(hidden)
+    classes, kernel_features = (spec_of(kernel)[i] for i in (vocab_axis, 1 - vocab_axis))
     for name, x, features in ("hidden", hidden, hidden_features), ("kernel", kernel, kernel_features):
         if features is not None:
             hint = "Gather them first, with jax.sharding.reshard; only tokens and classes may be split."
-            checks.fail(ValueError, name, "features that are not split over devices", str(_spec(x)), hint)
+            checks.fail(ValueError, name, "features that are not split over devices", str(spec_of(x)), hint)
     token_axes, class_axes = _names(tokens), _names([classes])
     if shared := set(token_axes) & set(class_axes):
         hint = "Use another mesh axis for one of them, or gather one with jax.sharding.reshard."
@@ -39,18 +41,15 @@ def over_mesh(loss: Callable[..., Any], arguments: dict[str, Any]) -> Array | tu
     if arguments["where"] is not None:
         arguments["where"] = checks.where_mask(arguments["where"], full, tuple(batch), (len(batch),))
 
-    def place(x: Any, spec: Sequence[Any]) -> Array:
-        """`x`, sharded by `spec`, which is of the shape that its own broadcasts to."""
-        x = jnp.asarray(x)
-        own = spec[len(spec) - x.ndim :]
-        return jax.sharding.reshard(x, P(*(None if n == 1 else s for n, s in zip(x.shape, own, strict=True))))
+    def placed(x: Any, spec: Sequence[Any]) -> Array:
+        return place(jnp.asarray(x), mesh, spec)
 
-    def place_targets(x: Any) -> Any:
+    def placed_targets(x: Any) -> Any:
         if isinstance(x, SparseTargets):
-            return jax.tree.map(lambda x: place(x, (*tokens, None)), x)
-        return place(x, tokens if checks.is_integers(x) else (*tokens, classes))
+            return jax.tree.map(lambda x: placed(x, (*tokens, None)), x)
+        return placed(x, tokens if checks.is_integers(x) else (*tokens, classes))
 
-    arrays = {"hidden": hidden, "kernel": kernel, "targets": place_targets(arguments["targets"])}
+    arrays = {"hidden": hidden, "kernel": kernel, "targets": placed_targets(arguments["targets"])}
     for name, spec in {
         "where": (*tokens, classes),
         "weights": tuple(tokens),
@@ -60,7 +59,7 @@ def over_mesh(loss: Callable[..., Any], arguments: dict[str, Any]) -> Array | tu
         "z_loss": (),
     }.items():
         if isinstance(arguments[name], jax.Array) or (spec and arguments[name] is not None):
-            arrays[name] = place(arguments[name], spec)
+            arrays[name] = placed(arguments[name], spec)
     constants = {name: x for name, x in arguments.items() if name not in arrays}
     constants["axis_name"] = class_axes or None
     if arguments["reduction"] != "none":
@@ -69,15 +68,13 @@ def over_mesh(loss: Callable[..., Any], arguments: dict[str, Any]) -> Array | tu
     if arguments["return_aux"]:
         out_specs = (out_specs, P(*tokens))
     mapped = jax.shard_map(
-        lambda arrays: loss(**arrays, **constants), in_specs=(jax.tree.map(_spec, arrays),), out_specs=out_specs
+        lambda arrays: loss(**arrays, **constants),
+        mesh=mesh,
+        axis_names={n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit},
+        in_specs=(jax.tree.map(spec_of, arrays),),
+        out_specs=out_specs,
     )
     return mapped(arrays)
-
-
-def _spec(x: Array) -> P:
-    """The sharding of every axis of `x`."""
-    spec = jax.typeof(x).sharding.spec
-    return P(*spec, *[None] * (x.ndim - len(spec)))
 
 
 def _names(entries: Sequence[Any]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Which mode and which block sizes: chosen from shapes, dtypes, the platform and the memory allowed. And why.
 
-A program is traced once for all platforms, so there is a plan for each, and the one of the platform that is compiled for
-is taken when the program is lowered. Which generation of chip that is, can be known only where the program is traced.
+A program is traced once for all platforms, so there is a plan for each; the one of the platform that is compiled for is
+taken when the program is lowered. Which generation of chip that is, can be known only where the program is traced.
 
 **Mode.** "store" saves one matmul of four, but keeps a block of the logits with the whole vocabulary and sums dkernel
 in float32 from block to block. On CPU, where matmuls take most of the time, it is the faster one wherever it applies
@@ -32,7 +32,8 @@ import jax.numpy as jnp
 from jaxce import checks
 from jaxce.compose import Options
 from jaxce.linear.blocks import Schedule, Schedules
-from jaxce.stats import working_dtype
+from jaxce.linear.vocabulary import kept_dtype
+from jaxce.stats import matmul_dtype, working_dtype
 
 MODES = ("recompute", "store")
 PLATFORMS = ("cpu", "tpu", "gpu")
@@ -65,7 +66,7 @@ class Problem:
 
     @property
     def matmul(self) -> jnp.dtype:
-        return jnp.promote_types(self.hidden, self.kernel)
+        return matmul_dtype(self.hidden, self.kernel)
 
     @property
     def working(self) -> jnp.dtype:
@@ -172,17 +173,15 @@ def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: 
     if memory_budget is None:
         return candidates[0]
     smallest = min(candidates, key=lambda plan: plan.temp_bytes)
-    if memory_budget >= smallest.temp_bytes:
-        return next(plan for plan in candidates if plan.temp_bytes <= memory_budget)
-    if platform != chip()[0]:  # which the program may never be compiled for
-        return smallest
-    checks.fail(
-        ValueError,
-        "memory_budget",
-        f"at least {smallest.temp_bytes:,} bytes for these shapes (mode {smallest.mode!r})",
-        f"{memory_budget:,}",
-        "Fewer tokens at a time need less.",
-    )
+    if memory_budget < smallest.temp_bytes and platform == chip()[0]:  # others it may never be compiled for
+        checks.fail(
+            ValueError,
+            "memory_budget",
+            f"at least {smallest.temp_bytes:,} bytes for these shapes (mode {smallest.mode!r})",
+            f"{memory_budget:,}",
+            "Fewer tokens at a time need less.",
+        )
+    return next((plan for plan in candidates if plan.temp_bytes <= memory_budget), smallest)
 
 
 def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
@@ -272,12 +271,7 @@ def _kept_bytes(p: Problem, mode: str, block_n: int, block_v: int) -> int:
         terms = 2 + 2 * p.options.label_smoothing + 2 * p.options.return_aux  # of the record of a row
         return p.N * (terms + (p.entries or 2)) * p.working.itemsize
     by_class = p.working.itemsize * (int(p.class_weights) + p.N * (p.entries is None))
-    return p.N * p.D * _kept(p.hidden) + p.V * (p.D * _kept(p.kernel) + by_class)
-
-
-def _kept(dtype: jnp.dtype) -> int:
-    """Bytes of a number of a gradient that is kept: float16 is kept as float32."""
-    return max(dtype.itemsize, 4) if dtype == jnp.float16 else dtype.itemsize
+    return p.N * p.D * kept_dtype(p.hidden).itemsize + p.V * (p.D * kept_dtype(p.kernel).itemsize + by_class)
 
 
 def chip() -> tuple[str, str]:

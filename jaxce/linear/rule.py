@@ -12,11 +12,11 @@ from jax import Array
 
 from jaxce.compose import CrossEntropyAux, Options, applied_weights, compose, counted_examples, mean_divisor
 from jaxce.linear import store, vocabulary
-from jaxce.linear.blocks import Schedule, Schedules, by_platform, matmul_dtype, participating
+from jaxce.linear.blocks import Schedule, Schedules, by_platform, participating
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, row_axes, targets_of, without_class_weights
-from jaxce.linear.vocabulary import Inputs, kept_in, no_classes
+from jaxce.linear.vocabulary import Inputs, kept_dtype, no_classes
 from jaxce.sharding import shard_count, sum_over, vary
-from jaxce.stats import RowStats, Spec, Terms, finish, times, working_dtype
+from jaxce.stats import RowStats, Spec, Terms, finish, finite, matmul_dtype, times, working_dtype
 
 Result = Array | tuple[Array, CrossEntropyAux]
 # Of the loss; and of the aux record's nll, where class weights make it another.
@@ -37,12 +37,12 @@ def _terms_fwd(schedules, spec, inputs, known):
     stats = known
     if known is None:
         stats = by_platform(schedules, lambda schedule, x: vocabulary.forward(schedule, spec, x)[0], inputs)
-    return (finish(stats), stats), (inputs, stats)
+    return (finish(stats), stats), (inputs, *finite(stats))
 
 
 def _terms_bwd(schedules, spec, residuals, cts):
-    def backward(schedule: Schedule, inputs: Inputs, stats: RowStats, ct: Terms) -> Inputs:
-        return vocabulary.backward(schedule, spec, inputs, stats, ct)
+    def backward(schedule: Schedule, inputs: Inputs, stats: RowStats, alive: Array, ct: Terms) -> Inputs:
+        return vocabulary.backward(schedule, spec, inputs, stats, alive, ct)
 
     return by_platform(schedules, backward, *residuals, cts[0]), None
 
@@ -84,7 +84,9 @@ def stored_loss(schedules: Schedules, options: Options, tokens: Tokens, shared: 
     """
     targets, amounts = targets_of(tokens), amounts_of(tokens, shared)
     rows = row_axes(tokens, shared, options.axis_name)
-    like = vary(jnp.zeros(tokens.hidden.shape[:1], working_dtype(matmul_dtype(tokens.hidden, shared.kernel))), rows)
+    like = vary(
+        jnp.zeros(tokens.hidden.shape[:1], working_dtype(matmul_dtype(tokens.hidden.dtype, shared.kernel.dtype))), rows
+    )
     divisor, nothing = jnp.ones((), like.dtype), False
     if options.reduction != "sum":
         shape = (like.size, shared.kernel.shape[schedules[0].vocab_axis])
@@ -129,11 +131,12 @@ def _summed_fwd(schedules, options, tokens, shared, divisor):
         inputs = inputs_of(tokens, shared, schedule.vocab_axis, options)
         without = without_class_weights(inputs, options)
         records = no_classes(options.spec, inputs), without and no_classes(options.nll_spec, without)
-        return *store.forward(schedule, options, tokens, shared, divisor, unweighted), vary(records, rows)
+        records = vary(jax.tree.map(jnp.zeros_like, records), rows)
+        return *store.forward(schedule, options, tokens, shared, divisor, unweighted), records
 
     def recomputed(schedule, tokens, shared, divisor):
         (loss, aux), records = _recomputed_sum((schedule,) * 3, options, tokens, shared, divisor)
-        grads = jax.tree.map(lambda x: jnp.zeros_like(x, kept_in(x)), _floats(tokens, shared))
+        grads = jax.tree.map(lambda x: jnp.zeros_like(x, kept_dtype(x.dtype)), _floats(tokens, shared))
         return loss, aux, grads, records
 
     def either(schedule, *args):

@@ -15,11 +15,11 @@ from jax import Array, lax
 
 from jaxce.compose import Amounts, CrossEntropyAux, Options, compose, unused_examples
 from jaxce.linear import vocabulary
-from jaxce.linear.blocks import Schedule, matmul_dtype, over_blocks, participating, put, take
+from jaxce.linear.blocks import Schedule, over_blocks, participating, put, take
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, row_axes, targets_of, without_class_weights
-from jaxce.linear.vocabulary import kept_in
+from jaxce.linear.vocabulary import kept_dtype
 from jaxce.sharding import shard_count, vary, varying
-from jaxce.stats import Terms, finish, working_dtype
+from jaxce.stats import Terms, finish, finite, matmul_dtype, working_dtype
 from jaxce.targets import Targets
 
 
@@ -39,7 +39,7 @@ def forward(
     With `unweighted`, the gradient in the weights is not wanted of tokens whose weight is 0.
     """
     n, block_n = tokens.hidden.shape[0], schedule.block_n
-    dtype = working_dtype(matmul_dtype(tokens.hidden, shared.kernel))
+    dtype = working_dtype(matmul_dtype(tokens.hidden.dtype, shared.kernel.dtype))
     logits = lax.empty((min(block_n, n), shared.kernel.shape[schedule.vocab_axis]), dtype)
     logits = vary(logits, varying(tokens, shared))
     if 0 < n <= block_n:  # nothing to add up
@@ -74,7 +74,7 @@ def forward(
     state = _State(
         total,
         CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), rows) if options.return_aux else None,
-        jax.tree.map(lambda x: jnp.zeros_like(x, kept_in(x)), tokens._replace(indices=None, where=None)),
+        jax.tree.map(lambda x: jnp.zeros_like(x, kept_dtype(x.dtype)), tokens._replace(indices=None, where=None)),
         jax.tree.map(lambda x: jnp.zeros_like(x, working_dtype(x.dtype)), shared),
         logits,
     )
@@ -83,7 +83,7 @@ def forward(
     dtokens = state.tokens
     if order is not None:
         dtokens = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), dtokens)
-    dshared = jax.tree.map(lambda sum, x: sum.astype(kept_in(x)), state.shared, shared)
+    dshared = jax.tree.map(lambda sum, x: sum.astype(kept_dtype(x.dtype)), state.shared, shared)
     return state.total, state.aux, (dtokens, dshared)
 
 
@@ -154,7 +154,7 @@ def _block(
         smoothing_weights=None if inputs.smoothing_weights is None else jnp.zeros_like(sums.class_weights),
     )
     grads = vocabulary.backward(
-        schedule, spec, inputs, stats, ct, kept=kept, sums=None if sums.kernel is None else summed
+        schedule, spec, inputs, *finite(stats), ct, kept=kept, sums=None if sums.kernel is None else summed
     )
     dshared = Shared(None, None, damounts.class_weights, damounts.label_smoothing, damounts.z_loss)
     sums = jax.tree.map(

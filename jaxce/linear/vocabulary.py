@@ -15,7 +15,6 @@ from jaxce.linear.blocks import (
     Schedule,
     gradients,
     logits,
-    matmul_dtype,
     over_blocks,
     put,
     retiled_classes,
@@ -23,7 +22,19 @@ from jaxce.linear.blocks import (
     take,
 )
 from jaxce.sharding import shard_start, sum_over, vary, varying
-from jaxce.stats import Gap, RowStats, Spec, Terms, merge, merge_shards, row_stats, working_dtype
+from jaxce.stats import (
+    Gap,
+    RowStats,
+    Spec,
+    Terms,
+    matmul_dtype,
+    merge,
+    merge_shards,
+    row_stats,
+    times,
+    weighted,
+    working_dtype,
+)
 
 
 class Inputs(NamedTuple):
@@ -80,14 +91,15 @@ def backward(
     spec: Spec,
     inputs: Inputs,
     stats: RowStats,
+    alive: Array,
     ct: Terms,
     *,
     kept: Array | None = None,
     sums: Inputs | None = None,
 ) -> Inputs:
-    """The gradients in the inputs, for the cotangents of the terms of each row.
+    """The gradients in the inputs, for the cotangents of the terms of each row, whose record is as `finite` leaves it.
 
-    With `sums`, what is shared between tokens is added to them. With `kept` logits, gradients are in `kept_in`.
+    With `sums`, what is shared between tokens is added to them. With `kept` logits, gradients are in `kept_dtype`.
     """
     rows = tuple(range(inputs.hidden.ndim - 1))
     hidden_t = lax.optimization_barrier(jnp.moveaxis(inputs.hidden, -1, 0)) if schedule.transposes else None
@@ -101,8 +113,8 @@ def backward(
         if x.bias is not None:
             dbias = jnp.sum(dz, rows)
         if x.target_weights is not None:
-            dtarget_weights = jnp.sum(dprobs * x.probs.astype(dprobs.dtype), rows)
-            dprobs = dprobs * jnp.broadcast_to(x.target_weights, dprobs.shape)
+            dtarget_weights = jnp.sum(times(x.probs.astype(dprobs.dtype), dprobs), rows)
+            dprobs = times(x.target_weights, dprobs)
         dhidden, dkernel = gradients(dz, x.hidden, x.kernel, schedule, hidden_t)
         parts = Inputs(None, dkernel, dbias, None, dprobs, dtarget_weights, dsmoothing_weights)
         written = {"hidden": grads.hidden + dhidden}
@@ -115,15 +127,15 @@ def backward(
         return grads._replace(**written | {"kernel": _row_major(written["kernel"], schedule)})
 
     # Every block of these is written before it is read; only dhidden is a sum.
-    own = Inputs(*(None if x is None else x.dtype if kept is None else kept_in(x) for x in inputs))
+    own = Inputs(*(None if x is None else x.dtype if kept is None else kept_dtype(x.dtype) for x in inputs))
     grads = Inputs(*(None if x is None else lax.empty(x.shape, d) for x, d in zip(inputs, own, strict=True)))
     if sums is not None:
         grads = grads._replace(**{name: getattr(sums, name) for name in _SHARED})
-    dhidden = jnp.zeros(inputs.hidden.shape, working_dtype(matmul_dtype(inputs.hidden, inputs.kernel)))
+    dhidden = jnp.zeros(inputs.hidden.shape, working_dtype(matmul_dtype(inputs.hidden.dtype, inputs.kernel.dtype)))
     grads, dhidden = vary((grads, dhidden), varying(inputs))
     # Tied to the forward pass, or one of them takes up memory meanwhile: dhidden on chip, or hidden states retiled.
     # And what belongs to whole rows is not computed anew in every block.
-    of_rows = factors(spec, inputs.indices, stats, ct)
+    of_rows = factors(spec, inputs.indices, stats, alive, ct)
     if schedule.retiles:
         hidden, of_rows = lax.optimization_barrier((inputs.hidden, of_rows))
         inputs = inputs._replace(hidden=hidden)
@@ -136,14 +148,14 @@ def backward(
     return grads._replace(hidden=dhidden.astype(own.hidden))
 
 
-def kept_in(x: Array) -> jnp.dtype:
+def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """What a gradient is kept in until the backward pass scales it: float16 would overflow, or lose what is small."""
-    return jnp.dtype(jnp.float32 if x.dtype == jnp.float16 else x.dtype)
+    return jnp.dtype(jnp.float32 if dtype == jnp.float16 or dtype.itemsize == 1 else dtype)
 
 
 def no_classes(spec: Spec, inputs: Inputs) -> RowStats:
     """The record of a row of no classes, which changes nothing when merged."""
-    zero = jnp.zeros(inputs.hidden.shape[:-1], working_dtype(matmul_dtype(inputs.hidden, inputs.kernel)))
+    zero = jnp.zeros(inputs.hidden.shape[:-1], working_dtype(matmul_dtype(inputs.hidden.dtype, inputs.kernel.dtype)))
     return RowStats(
         max=zero - jnp.inf,
         rest=zero - 1,
@@ -184,8 +196,7 @@ def _logits(x: Inputs, schedule: Schedule, start: Any, kept: Array | None) -> Ar
 def _weighted(x: Inputs) -> Array | None:
     if x.target_weights is None:
         return x.probs
-    probs = x.probs.astype(x.target_weights.dtype)
-    return probs * jnp.broadcast_to(x.target_weights, probs.shape)
+    return weighted(x.probs.astype(x.target_weights.dtype), x.target_weights)
 
 
 def _row_major(dkernel: Array, schedule: Schedule) -> Array:
