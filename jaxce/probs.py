@@ -84,8 +84,8 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     p, targets, _ = classes_last(p, targets, None, axes)
     dtype = working_dtype(p.dtype)
     p = p.astype(dtype)
-    batch = p.shape[:-1]
-    unused = unused_examples(targets, p[..., 0], options, amounts)
+    like = jnp.sum(p, -1)
+    unused = unused_examples(targets, like, options, amounts)
     slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
     valid = jnp.all((p >= 0) & (p <= 1 + slack), -1)
     p = jnp.where((unused & ~valid)[..., None], jnp.ones_like(p), p)
@@ -104,7 +104,7 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     if options.label_smoothing:
         v = jnp.ones_like(p) if amounts.class_weights is None else jnp.broadcast_to(amounts.class_weights, p.shape)
         smoothing = jnp.sum(times(v, _surprise(p, (v == 0) | unused[..., None])), -1)
-    terms = Terms(jnp.zeros(batch, dtype), target, smoothing)
+    terms = Terms(jnp.zeros_like(like), target, smoothing)
     return cast(Array, compose(terms, targets, p.shape[-1], amounts, options))
 
 

@@ -74,7 +74,7 @@ def explicit_mesh(*arrays: Any) -> Any:
     return next((m for m in (jax.sharding.get_abstract_mesh(), *meshes) if explicit in m.axis_types), None)
 
 
-def spec_of(x: Array) -> jax.P:
+def spec_of(x: Array) -> Any:
     """How every axis of `x` is split."""
     spec = jax.typeof(x).sharding.spec
     return jax.P(*spec, *[None] * (x.ndim - len(spec)))
@@ -82,6 +82,5 @@ def spec_of(x: Array) -> jax.P:
 
 def place(x: Array, mesh: Any, spec: Sequence[Any]) -> Array:
     """`x`, sharded over the mesh by `spec`, which is of the shape that its own broadcasts to."""
-    own = spec[len(spec) - x.ndim :]
-    spec = jax.P(*(None if n == 1 else s for n, s in zip(x.shape, own, strict=True)))
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, spec))
+    own = [None if n == 1 else s for n, s in zip(x.shape, spec[len(spec) - x.ndim :], strict=True)]
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.P(*own)))

@@ -130,7 +130,7 @@ def row_stats(
     if probs is not None:
         target = _gap(probs, below())
     if spec.smoothing and smoothing_weights is None and where is None:
-        smoothing = Gap(jnp.sum(below(), -1), jnp.full(rest.shape, logits.shape[-1], dtype))
+        smoothing = Gap(jnp.sum(below(), -1), jnp.full_like(rest, logits.shape[-1]))
     elif spec.smoothing:
         smoothing = _gap(smoothing_distribution(logits.shape, dtype, smoothing_weights, where), below())
     if spec.entropy:

@@ -84,10 +84,9 @@ def stored_loss(schedules: Schedules, options: Options, tokens: Tokens, shared: 
     """
     targets, amounts = targets_of(tokens), amounts_of(tokens, shared)
     rows = row_axes(tokens, shared, options.axis_name)
-    like = vary(
-        jnp.zeros(tokens.hidden.shape[:1], working_dtype(matmul_dtype(tokens.hidden.dtype, shared.kernel.dtype))), rows
-    )
-    divisor, nothing = jnp.ones((), like.dtype), False
+    dtype = working_dtype(matmul_dtype(tokens.hidden.dtype, shared.kernel.dtype))
+    like = vary(jnp.zeros(tokens.hidden.shape[:1], dtype), rows)
+    divisor, nothing = jnp.ones((), dtype), jnp.zeros((), jnp.bool_)
     if options.reduction != "sum":
         shape = (like.size, shared.kernel.shape[schedules[0].vocab_axis])
         classes = participating(tokens.where, shape, schedules[0].forward_v, options.axis_name)
