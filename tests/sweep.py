@@ -168,7 +168,8 @@ def draw(seed: int, index: int) -> Case:
     regimes = ["normal", "confident", "offset", "tied", "minus_inf", "bad_row", "poison"]
     regime = pick(*regimes, p=[40, 10, 8, 8, 10, 14, 10])
     if transform == "discard":
-        # A loss that is not finite, and not used: a NaN logit. Its 0 times NaN is the caller's where there is a product.
+        # A NaN logit and no other: where a label that is no class, or a NaN in hidden states, is multiplied by the
+        # cotangent 0, NaN is what plain JAX gives as well.
         regime = "poison"
     if transform in ("hvp", "debug_infs", "symbolic") and regime in ("minus_inf", "bad_row", "poison"):
         regime = "normal"
@@ -607,9 +608,9 @@ class Step:
     """One call of the loss in float64: outputs as (value, error), gradients as (value, size, error).
 
     Notation: ε of the working dtype (doubled for float64, which the oracle works in as well); `size` is the oracle's
-    sum of magnitudes; `off` is the error of a row's logits. A logit of hidden @ kernel + bias is a sum of D products and a
-    bias: off by at most (D + 2) ε Σ|h||k|. Then −log p is off by twice that, and so is p relatively. Exponentials of
-    z − max carry |z − max| ε more, and a loss far below 1 that of the runner-up. A sum over n terms adds n ε of their
+    sum of magnitudes; `off` is the error of a row's logits. A logit of hidden @ kernel + bias is a sum of D products
+    and a bias: off by at most (D + 2) ε Σ|h||k|. Then −log p is off by twice that, and so is p relatively. Exponentials
+    of z − max carry |z − max| ε more, and a loss far below 1 that of the runner-up. A sum over n terms adds n ε of their
     magnitudes. Matmuls in bfloat16 round the gradient of the logits to it first.
     """
 
