@@ -610,8 +610,8 @@ class Step:
     Notation: ε of the working dtype (doubled for float64, which the oracle works in as well); `size` is the oracle's
     sum of magnitudes; `off` is the error of a row's logits. A logit of hidden @ kernel + bias is a sum of D products
     and a bias: off by at most (D + 2) ε Σ|h||k|. Then −log p is off by twice that, and so is p relatively. Exponentials
-    of z − max carry |z − max| ε more, and a loss far below 1 that of the runner-up. A sum over n terms adds n ε of their
-    magnitudes. Matmuls in bfloat16 round the gradient of the logits to it first.
+    of z − max carry |z − max| ε more, and a loss far below 1 that of the runner-up. A sum over n terms adds n ε of
+    their magnitudes. Matmuls in bfloat16 round the gradient of the logits to it first.
     """
 
     outputs: dict[str, Any]
@@ -646,6 +646,8 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
         z = rows(params["logits"])
         error = np.zeros(z.shape)
     bad = np.isnan(z).any(-1) | (z == np.inf).any(-1)
+    if case.function == "linear":
+        bad |= ~np.isfinite(h).all(-1)
     z, error = (np.where(bad[:, None], 0, x) for x in (z, error))
     slope, slope_error = np.ones(z.shape), np.zeros(z.shape)
     if cap:
