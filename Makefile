@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?= runs/data
 DEMO_ARGS ?=
+FUZZ_ARGS ?= --cases 2000
 NOTEBOOK_ARGS ?=
 DOCS ?= build/docs
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo data test lint bench docs notebooks clean
+.PHONY: demo data test fuzz lint bench docs notebooks clean
 
 demo: $(READY) data  ## train a convolutional network on CIFAR-10 with jaxce's loss
 	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
@@ -23,6 +24,9 @@ data: $(READY)
 
 test: $(READY)  ## all tests, doctests and README examples included
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+fuzz: $(READY)  ## random cases of every loss against float64; FUZZ_ARGS="--seed 7 --cases 500" for others
+	$(BIN)/python -m tests.sweep $(FUZZ_ARGS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

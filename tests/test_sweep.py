@@ -1,0 +1,89 @@
+"""A few cases of `tests.sweep` in every run of the tests; and that the sweep notices what is wrong."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxce
+from tests import sweep
+
+SEED, CHUNKS, EACH = 20261127, 12, 10  # two seconds a case: `make fuzz` runs more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_a_few_cases(chunk):
+    found = sweep.failures(SEED, range(chunk * EACH, (chunk + 1) * EACH))
+    lines = [f"python -m tests.sweep --seed {SEED} --only {i}\n  " + "\n  ".join(found[i]) for i in found]
+    assert not found, "\n".join(lines)
+
+
+def test_a_case_is_its_seed_and_number():
+    a, b = (sweep.draw(3, 14) for _ in range(2))
+    assert a.describe() == b.describe()
+    np.testing.assert_equal(jax.tree.map(sweep.up, a.params), jax.tree.map(sweep.up, b.params))
+    assert sweep.draw(3, 15).describe() != a.describe()
+
+
+def a_case(**wanted) -> sweep.Case:
+    """The first plain dense case with the given properties, or properties that are as given functions say."""
+
+    def fits(case: sweep.Case) -> bool:
+        return all(wish(case) if callable(wish) else getattr(case, name) == wish for name, wish in wanted.items())
+
+    wanted = {"function": "dense", "transform": "jit", "mesh": None, "kind": "index", "x64": False} | wanted
+    cases = (sweep.draw(SEED, i) for i in itertools.count())
+    return next(case for case in cases if fits(case) and size(case) and "logit_softcap" not in case.constants)
+
+
+def size(case: sweep.Case) -> int:
+    return int(np.prod(case.batch, dtype=int)) * (case.V > 1)
+
+
+def of_the_loss(case: sweep.Case) -> bool:
+    return set(case.cotangents) == {"loss"} and "return_aux" not in case.constants
+
+
+def weighted(case: sweep.Case) -> bool:
+    return of_the_loss(case) and "weights" in case.params
+
+
+FAULTS = {
+    "no gradient in weights": (
+        {"regime": "normal", "cotangents": weighted},
+        lambda loss: lambda *a, weights, **k: loss(*a, weights=jax.lax.stop_gradient(weights), **k),
+    ),
+    "a loss 64 ε off": (
+        {"regime": "normal", "reduction": "none", "cotangents": of_the_loss},
+        lambda loss: lambda *a, **k: loss(*a, **k) * jnp.float32(1 + 64 * np.finfo(np.float32).eps),
+    ),
+    "0 for NaN": (
+        {"regime": "poison", "cotangents": of_the_loss, "poison": lambda case: case.poison.any()},
+        lambda loss: lambda *a, **k: jnp.nan_to_num(loss(*a, **k)),
+    ),
+    "a gradient without the divisor's": (
+        {"regime": "normal", "reduction": "mean", "cotangents": weighted},
+        lambda loss: (
+            lambda z, t, weights, reduction, **k: (
+                loss(z, t, weights=weights, reduction="sum", **k)
+                / jax.lax.stop_gradient(loss(z, t, weights=weights, reduction="sum", **k))
+                * loss(z, t, weights=jax.lax.stop_gradient(weights), reduction="mean", **k)
+            )
+        ),
+    ),
+    "an error": ({"cotangents": of_the_loss}, lambda loss: lambda *a, **k: 1 / 0),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_sweep_notices(fault, monkeypatch):
+    wanted, broken = FAULTS[fault]
+    case = a_case(**wanted)
+    assert sweep.check(case) == []
+    monkeypatch.setattr(jaxce, "softmax_cross_entropy", broken(jaxce.softmax_cross_entropy))
+    assert sweep.check(case), case.describe()
