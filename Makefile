@@ -4,6 +4,7 @@ VENV ?= .venv
 DATA ?= runs/data
 DEMO_ARGS ?=
 NOTEBOOK_ARGS ?=
+MUTANT_ARGS ?= --count 100 --seed 0
 DOCS ?= build/docs
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo data test lint bench docs notebooks clean
+.PHONY: demo data test mutants lint bench docs notebooks clean
 
 demo: $(READY) data  ## train a convolutional network on CIFAR-10 with jaxce's loss
 	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
@@ -23,6 +24,9 @@ data: $(READY)
 
 test: $(READY)  ## all tests, doctests and README examples included
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+mutants: $(READY)  ## whether the tests notice small changes to jaxce, a sample of them (hours)
+	$(BIN)/python tests/mutants.py $(MUTANT_ARGS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

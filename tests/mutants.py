@@ -1,0 +1,272 @@
+"""Mutation testing: changes jaxce in one small way at a time, and sees whether a test notices.
+
+    python tests/mutants.py --count 100 --seed 0 [--files jaxce/stats.py ...] [--only 3] [--timeout 600] [--list]
+
+Mutants are drawn uniformly from all the places where one of the changes below applies. Each is written into a copy of
+the tree and tested there by the files in `TESTS`, the likeliest killer first, until one of them fails. A hang counts
+as killed. All runs share a compilation cache of their own, so that only what a mutant changes is compiled for it.
+
+Left out: tests that take long or compile for TPU, and files that test the surroundings (notebooks, README, examples).
+So what only those would notice survives here: layout, donation, barriers, and code that runs on accelerators alone.
+
+Of the tools for this, mutmut leaves decorated functions alone (all the JVP rules) and forks a process in which JAX
+runs threads; cosmic-ray has one test command for all files, mutates in place and draws no sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent
+DENSE = ["compose", "numbers", "diagnostics", "probs", "transforms", "label_check", "sharding", "linear", "axis_name"]
+LINEAR = ["linear", "axis_name", "linear_plan", "transforms", "diagnostics", "label_check", "sharding", "checks"]
+# For each source file, or folder, the tests to run on its mutants.
+TESTS = {
+    "jaxce/stats.py": DENSE,
+    "jaxce/gradient.py": DENSE,
+    "jaxce/compose.py": DENSE + ["checks"],
+    "jaxce/targets.py": DENSE + ["checks"],
+    "jaxce/linear": LINEAR,
+}
+FIRST = "sweep"  # before all others, where it exists
+
+# Mutants that no test can tell from the original: file, line, change; and why.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+
+class Mutant(NamedTuple):
+    file: str
+    line: int
+    span: tuple[int, int]  # bytes of the file
+    old: str
+    new: str
+    text: str  # of the line
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.old} -> {self.new}"
+
+
+# --- the changes ----------------------------------------------------------------------------------------------------
+
+OPERATORS = {
+    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult},
+    **{ast.Mod: ast.Add, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd},
+    **{ast.And: ast.Or, ast.Or: ast.And},
+    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq},
+    **{ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In},
+}
+PAIRS = "maximum minimum, max min, any all, pmax pmin, argmax argmin, zeros_like ones_like, zeros ones, log1p log"
+NAMES = {a: b for pair in PAIRS.split(", ") for a, b in (pair.split(), pair.split()[::-1])} | {"sum": "max"}
+# Functions that an argument can stand for: the one that is much like the result.
+MUCH_LIKE = {"_alive": 1, "_shift": 0, "_finite_distance": 0, "_zero_if_too_large": 0, "taking_part": 0}
+MUCH_LIKE |= {"stop_gradient": 0, "sum_over": 0, "vary": 0, "abs": 0, "broadcast_to": 0, "expm1": 0, "minimum": 0}
+
+
+def variants(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST | None]]:
+    """What to replace, in or at `node`, and by what."""
+    match node:
+        case ast.BinOp(left, op, right):
+            yield node, ast.BinOp(left, OPERATORS[type(op)](), right)
+        case ast.AugAssign(target, op, value):
+            yield node, ast.AugAssign(target, OPERATORS[type(op)](), value)
+        case ast.BoolOp(op, values):
+            yield node, ast.BoolOp(OPERATORS[type(op)](), values)
+        case ast.Compare(left, [op], right):
+            yield node, ast.Compare(left, [OPERATORS[type(op)]()], right)
+        case ast.UnaryOp(ast.USub(), ast.Constant(value)):
+            yield node, ast.Constant(0)
+        case ast.UnaryOp(_, operand):
+            yield node, operand
+        case ast.Constant(bool(value)):
+            yield node, ast.Constant(not value)
+        case ast.Constant(int(value)):
+            yield from ((node, ast.Constant(x)) for x in ((value + 1, value - 1) if value else (1,)))
+        case ast.Constant(float(value)):
+            yield node, ast.Constant(value * 1.25 if value else 1.0)
+        case ast.Call(func, args, keywords):
+            name = getattr(func, "attr", getattr(func, "id", ""))
+            for i in range(len(keywords)):
+                yield node, ast.Call(func, args, keywords[:i] + keywords[i + 1 :])
+            if name in NAMES and isinstance(func, ast.Attribute):
+                yield func, ast.Attribute(func.value, NAMES[name])
+            if name in MUCH_LIKE and len(args) > MUCH_LIKE[name]:
+                yield node, args[MUCH_LIKE[name]]
+            if name == "times":  # it makes 0·inf 0
+                yield node, ast.BinOp(args[0], ast.Mult(), args[1])
+            if name == "where" and len(args) == 3:
+                yield node, ast.Call(func, [args[0], args[2], args[1]], keywords)
+            if name == "astype":
+                yield node, func.value
+        case ast.Assign([ast.Name(target)], value):
+            if any(isinstance(x, ast.Name) and x.id == target for x in ast.walk(value)):
+                yield node, ast.Pass()
+        case ast.If(test) | ast.IfExp(test):
+            yield from ((test, ast.Constant(x)) for x in (True, False))
+
+
+def points(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """All of them at and below `node`, but for annotations, decorators and messages."""
+    if isinstance(node, (ast.JoinedStr, ast.Raise)) or getattr(getattr(node, "func", None), "attr", "") == "fail":
+        return
+    yield from variants(node)
+    for name, value in ast.iter_fields(node):
+        if name not in ("annotation", "returns", "decorator_list") and not is_negative_number(node):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from points(child)
+
+
+def is_negative_number(node: ast.AST) -> bool:
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant)
+
+
+def mutants_of(file: str) -> list[Mutant]:
+    source = (ROOT / file).read_bytes()
+    starts = [0]  # of the lines; columns are counted in bytes
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    found = []
+    for old, new in points(ast.parse(source)):
+        span = starts[old.lineno - 1] + old.col_offset, starts[old.end_lineno - 1] + old.end_col_offset
+        text = source[starts[old.lineno - 1] : starts[old.lineno]].decode().strip()
+        found.append(
+            Mutant(file, old.lineno, span, ast.unparse(old), ast.unparse(ast.fix_missing_locations(new)), text)
+        )
+    return found
+
+
+def mutated(mutant: Mutant) -> bytes:
+    source = (ROOT / mutant.file).read_bytes()
+    statement = mutant.new == "pass" or re.match(r"\w+ .= ", mutant.new)
+    new = mutant.new if statement else f"({mutant.new})"
+    return source[: mutant.span[0]] + new.encode() + source[mutant.span[1] :]
+
+
+# --- running the tests ----------------------------------------------------------------------------------------------
+
+
+def tests_for(file: str) -> list[str]:
+    names = next((names for path, names in TESTS.items() if file == path or file.startswith(f"{path}/")), DENSE)
+    return [f"tests/test_{name}.py" for name in [FIRST, *names] if (ROOT / f"tests/test_{name}.py").exists()]
+
+
+def copy_tree(tree: pathlib.Path) -> None:
+    for name in ("jaxce", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    shutil.copy(ROOT / "pyproject.toml", tree)
+
+
+def killer(tree: pathlib.Path, tests: list[str], timeout: float) -> str | None:
+    """The test that fails, "timeout", or None."""
+    cache = pathlib.Path(tempfile.gettempdir()) / "jaxce-mutants-jit"
+    env = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ
+    # No bytecode: a mutant can have the size and the time of the one before it.
+    env |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    end = time.monotonic() + timeout
+    for test in tests:  # each in a process of its own: most mutants are killed by the first and import nothing else
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not aot and not slow"]
+        process = subprocess.Popen(
+            [*command, "--tb=no", test],
+            cwd=tree,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=max(end - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            return "timeout"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+        if process.returncode:
+            failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+            return failed[1] if failed else f"{test} (exit status {process.returncode})"
+    return None
+
+
+def report(results: list[dict]) -> None:
+    columns = ("killed", "timeout", "survived", "equivalent")
+    counts = collections.defaultdict(collections.Counter)
+    for result in results:
+        for file in (result["file"], "all"):
+            counts[file][result["outcome"]] += 1
+    print(f"\n{'file':30}" + "".join(f"{column:>12}" for column in columns) + f"{'kill rate':>12}")
+    for file in sorted(counts, key=lambda file: (file == "all", file)):
+        count = counts[file]
+        killed = count["killed"] + count["timeout"]
+        rate = killed / max(killed + count["survived"], 1)
+        print(f"{file:30}" + "".join(f"{count[column]:12}" for column in columns) + f"{rate:12.1%}")
+    for result in results:
+        if result["outcome"] in ("survived", "equivalent"):
+            why = f"\n    ({result['reason']})" if result["reason"] else ""
+            print(f"\n{result['outcome']}: {result['file']}:{result['line']}: {result['text']}{why}")
+            print(f"    - {result['old']}\n    + {result['new']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=100, help="how many mutants to draw")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--files", nargs="+", default=list(TESTS), help="source files, or folders of them")
+    parser.add_argument("--only", type=int, nargs="+", help="of those drawn, the ones with these numbers")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one mutant")
+    parser.add_argument("--list", action="store_true", help="print what would be run")
+    parser.add_argument("--output", type=pathlib.Path, help="a JSON file for the results")
+    args = parser.parse_args()
+    paths = [p for name in args.files for p in (sorted((ROOT / name).glob("*.py")) or [ROOT / name])]
+    everything = [mutant for path in paths for mutant in mutants_of(path.relative_to(ROOT).as_posix())]
+    drawn = random.Random(args.seed).sample(everything, min(args.count, len(everything)))
+    chosen = [(i, mutant) for i, mutant in enumerate(drawn) if args.only is None or i in args.only]
+    print(f"{len(chosen)} of {len(everything)} mutants")
+    if args.list:
+        print(*(f"{i:4} {mutant}" for i, mutant in chosen), sep="\n")
+        return
+    results = []
+    with tempfile.TemporaryDirectory(prefix="jaxce-mutants-") as folder:
+        tree = pathlib.Path(folder)
+        copy_tree(tree)
+        start = time.monotonic()
+        failed = killer(tree, list(dict.fromkeys(test for _, m in chosen for test in tests_for(m.file))), 3600)
+        print(f"unchanged: {failed or 'passes'}, {time.monotonic() - start:.0f} s", flush=True)
+        if failed:
+            sys.exit("The tests must pass before they can tell anything.")
+        for i, mutant in chosen:
+            start = time.monotonic()
+            reason = EQUIVALENT.get((mutant.file, mutant.text, f"{mutant.old} -> {mutant.new}"))
+            by = None
+            if not reason:
+                (tree / mutant.file).write_bytes(mutated(mutant))
+                by = killer(tree, tests_for(mutant.file), args.timeout)
+                shutil.copy(ROOT / mutant.file, tree / mutant.file)
+            outcome = (
+                "equivalent" if reason else "survived" if by is None else "timeout" if by == "timeout" else "killed"
+            )
+            seconds = round(time.monotonic() - start, 1)
+            print(f"{i:4} {mutant}: {outcome}{f' by {by}' if outcome == 'killed' else ''}, {seconds} s", flush=True)
+            results.append({**mutant._asdict(), "outcome": outcome, "by": by, "reason": reason, "seconds": seconds})
+            if args.output:
+                args.output.write_text(json.dumps({"seed": args.seed, "mutants": results}, indent=1) + "\n")
+    report(results)
+
+
+if __name__ == "__main__":
+    main()
