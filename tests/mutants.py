@@ -33,17 +33,16 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
-DENSE = ["compose", "numbers", "diagnostics", "probs", "transforms", "label_check", "sharding", "linear", "axis_name"]
-LINEAR = ["linear", "axis_name", "linear_plan", "transforms", "diagnostics", "label_check", "sharding", "checks"]
-# For each source file, or folder, the tests to run on its mutants.
+# For each source file, or folder, what to run on its mutants: test files, or tests that come before their whole file.
+DENSE = ["sweep", "numbers::test_every_gradient_with_random_cotangents", "compose", "numbers", "axis_name", "checks"]
+LINEAR = ["sweep", "linear::test_every_gradient_against_the_oracle", "linear", "axis_name", "linear_plan", "checks"]
 TESTS = {
     "jaxce/stats.py": DENSE,
     "jaxce/gradient.py": DENSE,
-    "jaxce/compose.py": DENSE + ["checks"],
-    "jaxce/targets.py": DENSE + ["checks"],
+    "jaxce/compose.py": DENSE,
+    "jaxce/targets.py": DENSE,
     "jaxce/linear": LINEAR,
 }
-FIRST = "sweep"  # before all others, where it exists
 
 # Mutants that no test can tell from the original: file, line, change; and why.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
@@ -160,9 +159,10 @@ def mutated(mutant: Mutant) -> bytes:
 # --- running the tests ----------------------------------------------------------------------------------------------
 
 
-def tests_for(file: str) -> list[str]:
-    names = next((names for path, names in TESTS.items() if file == path or file.startswith(f"{path}/")), DENSE)
-    return [f"tests/test_{name}.py" for name in [FIRST, *names] if (ROOT / f"tests/test_{name}.py").exists()]
+def to_run(file: str, names: list[str] | None) -> list[str]:
+    names = names or TESTS.get(file) or TESTS.get(str(pathlib.Path(file).parent)) or DENSE
+    parts = [name.partition("::") for name in names]
+    return [f"tests/test_{file}.py{at}{test}" for file, at, test in parts if (ROOT / f"tests/test_{file}.py").exists()]
 
 
 def copy_tree(tree: pathlib.Path) -> None:
@@ -227,6 +227,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="how many mutants to draw")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", nargs="+", default=list(TESTS), help="source files, or folders of them")
+    parser.add_argument("--tests", nargs="+", help="test files instead of those in TESTS, as in TESTS")
     parser.add_argument("--only", type=int, nargs="+", help="of those drawn, the ones with these numbers")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one mutant")
     parser.add_argument("--list", action="store_true", help="print what would be run")
@@ -246,7 +247,7 @@ def main() -> None:
         tree = pathlib.Path(folder)
         copy_tree(tree)
         start = time.monotonic()
-        tests = {} if args.trust else dict.fromkeys(test for _, m in chosen for test in tests_for(m.file))
+        tests = {} if args.trust else dict.fromkeys(test for _, m in chosen for test in to_run(m.file, args.tests))
         failed = killer(tree, tests, 7200)
         if failed:
             sys.exit(f"The tests must pass before they can tell anything: {failed} failed.")
@@ -257,11 +258,9 @@ def main() -> None:
             by = None
             if not reason:
                 (tree / mutant.file).write_bytes(mutated(mutant))
-                by = killer(tree, tests_for(mutant.file), args.timeout)
+                by = killer(tree, to_run(mutant.file, args.tests), args.timeout)
                 shutil.copy(ROOT / mutant.file, tree / mutant.file)
-            outcome = (
-                "equivalent" if reason else "survived" if by is None else "timeout" if by == "timeout" else "killed"
-            )
+            outcome = "equivalent" if reason else {None: "survived", "timeout": "timeout"}.get(by, "killed")
             seconds = round(time.monotonic() - start, 1)
             print(f"{i:4} {mutant}: {outcome}{f' by {by}' if outcome == 'killed' else ''}, {seconds} s", flush=True)
             results.append({**mutant._asdict(), "outcome": outcome, "by": by, "reason": reason, "seconds": seconds})
