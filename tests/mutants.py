@@ -52,12 +52,12 @@ class Mutant(NamedTuple):
     file: str
     line: int
     span: tuple[int, int]  # bytes of the file
-    old: str
-    new: str
+    new: str  # in their place
+    change: str  # the same for a reader
     text: str  # of the line
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.old} -> {self.new}"
+        return f"{self.file}:{self.line}: {self.change}"
 
 
 # --- the changes ----------------------------------------------------------------------------------------------------
@@ -76,17 +76,21 @@ MUCH_LIKE = {"_alive": 1, "_shift": 0, "_finite_distance": 0, "_zero_if_too_larg
 MUCH_LIKE |= {"stop_gradient": 0, "sum_over": 0, "vary": 0, "abs": 0, "broadcast_to": 0, "expm1": 0, "minimum": 0}
 
 
+def swapped(op: ast.AST) -> ast.AST:
+    return OPERATORS.get(type(op), type(op))()
+
+
 def variants(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST | None]]:
     """What to replace, in or at `node`, and by what."""
     match node:
         case ast.BinOp(left, op, right):
-            yield node, ast.BinOp(left, OPERATORS[type(op)](), right)
+            yield node, ast.BinOp(left, swapped(op), right)
         case ast.AugAssign(target, op, value):
-            yield node, ast.AugAssign(target, OPERATORS[type(op)](), value)
+            yield node, ast.AugAssign(target, swapped(op), value)
         case ast.BoolOp(op, values):
-            yield node, ast.BoolOp(OPERATORS[type(op)](), values)
+            yield node, ast.BoolOp(swapped(op), values)
         case ast.Compare(left, [op], right):
-            yield node, ast.Compare(left, [OPERATORS[type(op)]()], right)
+            yield node, ast.Compare(left, [swapped(op)], right)
         case ast.UnaryOp(ast.USub(), ast.Constant(value)):
             yield node, ast.Constant(0)
         case ast.UnaryOp(_, operand):
@@ -143,9 +147,12 @@ def mutants_of(file: str) -> list[Mutant]:
     for old, new in points(ast.parse(source)):
         span = starts[old.lineno - 1] + old.col_offset, starts[old.end_lineno - 1] + old.end_col_offset
         text = source[starts[old.lineno - 1] : starts[old.lineno]].decode().strip()
-        found.append(
-            Mutant(file, old.lineno, span, ast.unparse(old), ast.unparse(ast.fix_missing_locations(new)), text)
-        )
+        change = f"{ast.unparse(old)} -> {ast.unparse(new)}"
+        if isinstance(old, ast.Call) and isinstance(new, ast.Call) and len(old.keywords) > len(new.keywords):
+            (dropped,) = set(old.keywords) - set(new.keywords)
+            change = f"{ast.unparse(old.func)}({ast.unparse(dropped)}) -> {ast.unparse(old.func)}()"
+        if ast.unparse(old) != ast.unparse(new):
+            found.append(Mutant(file, old.lineno, span, ast.unparse(new), change, text))
     return found
 
 
@@ -219,7 +226,7 @@ def report(results: list[dict]) -> None:
         if result["outcome"] in ("survived", "equivalent"):
             why = f"\n    ({result['reason']})" if result["reason"] else ""
             print(f"\n{result['outcome']}: {result['file']}:{result['line']}: {result['text']}{why}")
-            print(f"    - {result['old']}\n    + {result['new']}")
+            print(f"    {result['change']}")
 
 
 def main() -> None:
@@ -254,7 +261,7 @@ def main() -> None:
         print(f"unchanged: passes, {time.monotonic() - start:.0f} s", flush=True)
         for i, mutant in chosen:
             start = time.monotonic()
-            reason = EQUIVALENT.get((mutant.file, mutant.text, f"{mutant.old} -> {mutant.new}"))
+            reason = EQUIVALENT.get((mutant.file, mutant.text, mutant.change))
             by = None
             if not reason:
                 (tree / mutant.file).write_bytes(mutated(mutant))
