@@ -194,6 +194,9 @@ def test_the_sum_without_the_maximum(rng, normalizer):
         assert rest[-1] == -1
         exact = np.expm1(oracle.softmax(oracle.lift(logits[:-1])).log_sum)
         assert_within(rest[:-1], exact, 4 * F32.eps * exact, f"rest of {classes + 1} classes")
+    maximum, rest = normalizer(jnp.ones((2, 5), jnp.bfloat16))  # on CPU another path, as no row needs the parts
+    chex.assert_type((maximum, rest), jnp.float32)
+    np.testing.assert_array_equal(rest, [4, 4])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=named)
