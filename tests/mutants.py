@@ -3,8 +3,10 @@
     python tests/mutants.py --count 100 --seed 0 [--files jaxce/stats.py ...] [--only 3] [--timeout 600] [--list]
 
 Mutants are drawn uniformly from all the places where one of the changes below applies. Each is written into a copy of
-the tree and tested there by the files in `TESTS`, the likeliest killer first, until one of them fails. A hang counts
-as killed. All runs share a compilation cache of their own, so that only what a mutant changes is compiled for it.
+the tree and tested there by the files in `TESTS`, the cheapest killer first, until one of them fails. A hang counts as
+killed. Most mutants fall to `EAGER`, tests without jit in a process that stays, in seconds: nothing is compiled for
+them. The others need minutes for what has to be compiled anew; what a mutant does not change comes from a compilation
+cache that all runs share.
 
 Left out: tests that take long or compile for TPU, and files that test the surroundings (notebooks, README, examples).
 So what only those would notice survives here: layout, donation, barriers, and code that runs on accelerators alone.
@@ -23,6 +25,7 @@ import os
 import pathlib
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -34,7 +37,7 @@ from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
 # For each source file, or folder, what to run on its mutants: test files, or tests that come before their whole file.
-DENSE = ["sweep", "numbers::test_every_gradient_with_random_cotangents", "compose", "numbers", "axis_name", "checks"]
+DENSE = ["compose", "sweep", "numbers::test_every_gradient_with_random_cotangents", "numbers", "axis_name", "checks"]
 LINEAR = ["sweep", "linear::test_every_gradient_against_the_oracle", "linear", "axis_name", "linear_plan", "checks"]
 TESTS = {
     "jaxce/stats.py": DENSE,
@@ -43,6 +46,9 @@ TESTS = {
     "jaxce/targets.py": DENSE,
     "jaxce/linear": LINEAR,
 }
+
+# These pass without jit as well, and most mutants do not pass these.
+EAGER = ["tests/test_compose.py"]
 
 # Mutants that no test should tell from the original: the line, the changes to it, and why.
 EQUIVALENT = {
@@ -208,36 +214,91 @@ def copy_tree(tree: pathlib.Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tree)
 
 
-def killer(tree: pathlib.Path, tests: Iterable[str], timeout: float) -> str | None:
-    """The test that fails, "timeout", or None."""
-    cache = pathlib.Path(tempfile.gettempdir()) / "jaxce-mutants-jit"
-    env = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"} | os.environ
-    # No bytecode: a mutant can have the size and the time of the one before it.
-    env |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    end = time.monotonic() + timeout
-    for test in tests:  # each in a process of its own: most mutants are killed by the first and import nothing else
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not aot and not slow"]
-        process = subprocess.Popen(
-            [*command, "--tb=no", test],
-            cwd=tree,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not aot and not slow", "--tb=no"]
+
+
+class Runner:
+    """Runs tests in a copy of the tree. Those of `EAGER` share a process: nothing is imported or compiled for them."""
+
+    def __init__(self, tree: pathlib.Path):
+        cache = pathlib.Path(tempfile.gettempdir()) / "jaxce-mutants-jit"
+        self.tree, self.worker = tree, None
+        self.env = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        self.env |= os.environ
+        # No bytecode: a mutant can have the size and the time of the one before it.
+        self.env |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+    def killer(self, tests: Iterable[str], timeout: float) -> str | None:
+        """The test that fails, "timeout", or None."""
+        end = time.monotonic() + timeout
+        for test in tests:
+            run = self._eagerly if test in EAGER else self._compiled
+            failed = run(test, max(end - time.monotonic(), 1))
+            if failed and re.search(r"exit status [345]", failed):  # pytest itself failed, or found no test
+                sys.exit(f"Could not run {failed}.")
+            if failed:
+                return failed
+        return None
+
+    def _start(self, arguments: list[str], **env: str) -> subprocess.Popen:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        arguments = [sys.executable, *arguments]
+        return subprocess.Popen(arguments, cwd=self.tree, env=self.env | env, start_new_session=True, **pipes)
+
+    def _compiled(self, test: str, timeout: float) -> str | None:
+        process = self._start(["-m", "pytest", *OPTIONS, test])
         try:
-            output, _ = process.communicate(timeout=max(end - time.monotonic(), 1))
+            output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             return "timeout"
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-        if process.returncode:
-            failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
-            return failed[1] if failed else f"{test} (exit status {process.returncode})"
-    return None
+            stop(process)
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+        return failed[1] if failed else f"{test} (exit status {process.returncode})" if process.returncode else None
+
+    def _eagerly(self, test: str, timeout: float) -> str | None:
+        if self.worker is None or self.worker.poll() is not None:
+            self.worker = self._start(["tests/mutants.py", "--worker"], JAX_DISABLE_JIT="1")
+        print(test, file=self.worker.stdin, flush=True)
+        if not select.select([self.worker.stdout], [], [], timeout)[0]:
+            stop(self.worker)
+            return "timeout"
+        answer = self.worker.stdout.readline()
+        return answer.strip() if answer else f"{test} (crashed)"
+
+
+def stop(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def work() -> None:
+    """Reads names of tests, runs each on the jaxce that is there by then, and writes which one failed, or nothing."""
+    import pytest
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for test in map(str.strip, sys.stdin):
+        for name in list(sys.modules):
+            if name.split(".")[0] in ("jaxce", "tests", "oracle", "conftest") or name.startswith("test_"):
+                del sys.modules[name]
+        failures = Failures()
+        status = int(pytest.main([*OPTIONS, test], plugins=[failures]))
+        print(failures.first or (f"{test} (exit status {status})" if status else ""), file=answers, flush=True)
+
+
+class Failures:
+    """A plugin for pytest."""
+
+    first = ""
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed and not self.first:
+            self.first = report.nodeid
+
+    pytest_collectreport = pytest_runtest_logreport
 
 
 def report(results: list[dict]) -> None:
@@ -270,7 +331,11 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print what would be run")
     parser.add_argument("--trust", action="store_true", help="do not run the tests on the unchanged tree first")
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file for the results")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.worker:
+        work()
+        return
     paths = [p for name in args.files for p in (sorted((ROOT / name).glob("*.py")) or [ROOT / name])]
     everything = [mutant for path in paths for mutant in mutants_of(path.relative_to(ROOT).as_posix())]
     drawn = random.Random(args.seed).sample(everything, min(args.count, len(everything)))
@@ -285,7 +350,8 @@ def main() -> None:
         copy_tree(tree)
         start = time.monotonic()
         tests = {} if args.trust else dict.fromkeys(test for _, m in chosen for test in to_run(m.file, args.tests))
-        failed = killer(tree, tests, 7200)
+        runner = Runner(tree)
+        failed = runner.killer(tests, 7200)
         if failed:
             sys.exit(f"The tests must pass before they can tell anything: {failed} failed.")
         print(f"unchanged: passes, {time.monotonic() - start:.0f} s", flush=True)
@@ -295,7 +361,7 @@ def main() -> None:
             by = None
             if not reason:
                 (tree / mutant.file).write_bytes(mutated(mutant))
-                by = killer(tree, to_run(mutant.file, args.tests), args.timeout)
+                by = runner.killer(to_run(mutant.file, args.tests), args.timeout)
                 shutil.copy(ROOT / mutant.file, tree / mutant.file)
             outcome = "equivalent" if reason else {None: "survived", "timeout": "timeout"}.get(by, "killed")
             seconds = round(time.monotonic() - start, 1)
@@ -303,6 +369,8 @@ def main() -> None:
             results.append({**mutant._asdict(), "outcome": outcome, "by": by, "reason": reason, "seconds": seconds})
             if args.output:
                 args.output.write_text(json.dumps({"seed": args.seed, "mutants": results}, indent=1) + "\n")
+        if runner.worker:
+            stop(runner.worker)
     report(results)
 
 
