@@ -60,6 +60,17 @@ EQUIVALENT = {
     ): "on CPU it is a gather in any case",
     (
         "jaxce/stats.py",
+        "if indices.shape[-1] <= _MAX_COMPARED or explicitly_sharded(array, indices):",
+        ("indices.shape[-1] <= _MAX_COMPARED or explicitly_sharded(array, indices) -> True",),
+    ): "both ways to put give the same numbers",
+    (
+        "jaxce/targets.py",
+        "if targets.probs is None and ignore_index is None:",
+        ("ignore_index is None -> False", "targets.probs is None and ignore_index is None -> False"),
+    ): "ones instead of None",
+    ("jaxce/stats.py", "elif spec.smoothing:", ("spec.smoothing -> True",)): "computed and not used",
+    (
+        "jaxce/stats.py",
         "return maximum, lax.cond(jnp.any(total < 3), in_parts, lambda: total - 1)",
         ("total < 3 -> total <= 3", "3 -> 4", "3 -> 2"),
     ): "between 2 and 4 both ways are exact to a few ulps",
