@@ -5,6 +5,7 @@ DATA ?= runs/data
 DEMO_ARGS ?=
 FUZZ_ARGS ?= --cases 2000
 NOTEBOOK_ARGS ?=
+MUTANT_ARGS ?= --count 100 --seed 0
 DOCS ?= build/docs
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo data test fuzz lint bench docs notebooks clean
+.PHONY: demo data test fuzz mutants lint bench docs notebooks clean
 
 demo: $(READY) data  ## train a convolutional network on CIFAR-10 with jaxce's loss
 	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
@@ -27,6 +28,9 @@ test: $(READY)  ## all tests, doctests and README examples included
 
 fuzz: $(READY)  ## random cases of every loss against float64; FUZZ_ARGS="--seed 7 --cases 500" for others
 	$(BIN)/python -m tests.sweep $(FUZZ_ARGS)
+
+mutants: $(READY)  ## whether the tests notice small changes to jaxce, a sample of them (hours)
+	$(BIN)/python tests/mutants.py $(MUTANT_ARGS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -15,7 +15,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", pathlib.Path(tempfile.gettempdir()) / "jaxce-jit"))
 jax.config.update("jax_compilation_cache_dir", str(cache / f"jax-{jax.__version__}"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # tests/mutants.py keeps every program
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture

@@ -298,6 +298,33 @@ def test_rows_without_classes_count_for_nothing(kind, logits, targets_of):
     assert np.abs(grad).sum(-1)[left].min() > 0
 
 
+def test_a_row_of_one_class_counts():
+    where = np.array([[False, True, False], [False, False, False]])
+
+    def loss(z):
+        return softmax_cross_entropy(z, np.int32([1, 1]), where=where, z_loss=0.25, reduction="mean_count")
+
+    value, grad = jax.value_and_grad(loss)(jnp.full((2, 3), 2.0))
+    assert value == 0.25 * 2.0**2
+    np.testing.assert_array_equal(grad, [[0, 2 * 0.25 * 2.0, 0], [0, 0, 0]])
+
+
+def test_the_gradient_of_narrow_sparse_targets_is_rounded_once(rng, logits, class_weights):
+    """It has a part from the loss, one from the negative log-likelihood and, here, one from the weight in the mean."""
+    indices = rng.integers(0, V, (N, 3)).astype(np.int32)
+    probs = jnp.asarray(rng.dirichlet(np.ones(3), N), jnp.bfloat16)
+
+    def loss(p):
+        targets = SparseTargets(indices, p)
+        mean, aux = softmax_cross_entropy(
+            logits, targets, class_weights=class_weights, reduction="mean", return_aux=True
+        )
+        return mean + jnp.sum(aux.nll)
+
+    exact = jax.grad(loss)(probs.astype(jnp.float32))
+    np.testing.assert_array_equal(jax.grad(loss)(probs), exact.astype(jnp.bfloat16))
+
+
 def test_ignore_index_of_sparse_targets(logits):
     """An entry with this index has probability 0; an example of nothing else is ignored."""
     indices = np.array([[3, -1], [-1, 0], [-1, -1], [-1, -1], [2, 4], [0, 0]])

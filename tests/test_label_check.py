@@ -144,3 +144,9 @@ def test_a_label_too_large_for_int32_is_no_class():
     """JAX without 64-bit types would wrap 2**32 to class 0."""
     loss = jaxce.softmax_cross_entropy(jnp.zeros((3, 4)), np.array([0, 2**32, -(2**32)]))
     np.testing.assert_array_equal(np.isnan(loss), [False, True, True])
+
+
+def test_64_bits_of_a_label_are_all_compared(x64):
+    for labels in (np.array([0, 2**32, -(2**32)]), jnp.array([0, 2**32, -(2**32)])):
+        loss = jaxce.softmax_cross_entropy(jnp.zeros((3, 4)), labels)
+        np.testing.assert_array_equal(np.isnan(loss), [False, True, True])

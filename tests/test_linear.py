@@ -19,7 +19,7 @@ from jax.experimental import checkify
 import jaxce
 from jaxce import SparseTargets, linear_cross_entropy, softmax_cross_entropy
 from jaxce.linear import plan as plans
-from jaxce.linear.blocks import retiled_classes
+from jaxce.linear.blocks import Schedule, gradients, retiled_classes
 from tests import oracle
 
 EPS = float(np.finfo(np.float32).eps)
@@ -686,3 +686,31 @@ def test_a_chip_that_retiles_gets_the_same_gradients_of_gradients(vocab_axis):
             found = second(kernel)
     assert np.abs(expected.astype(np.float32)).max() > 0
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("transposes", [False, True])
+@pytest.mark.parametrize("for_tpu", [False, True])
+def test_the_products_of_every_arrangement(rng, vocab_axis, transposes, for_tpu):
+    hidden, dz = rng.normal(size=(2, 3, D)), rng.normal(size=(2, 3, V))
+    kernel = rng.normal(size=(D, V) if vocab_axis else (V, D))
+    schedule = Schedule(vocab_axis, "highest", retiles=for_tpu, row_major=for_tpu)
+
+    @jax.jit
+    def both(dz, hidden, kernel):
+        return gradients(dz, hidden, kernel, projection, jnp.moveaxis(hidden, -1, 0) if transposes else None)
+
+    dhidden, dkernel = both(*(x.astype(np.float32) for x in (dz, hidden, kernel)))
+    expected = np.einsum("abv,dv->abd" if vocab_axis else "abv,vd->abd", dz, kernel)
+    np.testing.assert_allclose(dhidden, expected, atol=1e-5)
+    expected = np.einsum("abd,abv->dv" if vocab_axis else "abd,abv->vd", hidden, dz)
+    np.testing.assert_allclose(dkernel, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("block_v", "eighths", "expected"),
+    [(1024, 8, 1024), (1000, 8, 1000), (1024, 7, 896), (1024, 9, 1152), (1024, 10, 1280), (384, 7, 256)]
+    + [(256, 9, 256), (128, 7, 128), (128, 10, 128), (100, 7, 100), (100, 10, 100)],
+)
+def test_eighths_of_a_block_are_whole_tiles(block_v, eighths, expected):
+    assert plans._scaled(block_v, eighths) == expected

@@ -180,6 +180,25 @@ def test_large_vocabularies(rng, enable, dtype, num_classes, implementation):
     check_index(logits, labels, loss, gradient, looser=implementation == "autodiff")
 
 
+@pytest.mark.parametrize("normalizer", [stats._normalizer_cpu, stats._normalizer_fused])
+def test_the_sum_without_the_maximum(rng, normalizer):
+    """On both sides of every threshold, also in the form that only accelerators compile."""
+    share = np.linspace(0.004, 1, 250)[:, None]
+    below = np.concatenate([np.broadcast_to(share, (250, k)) * rng.uniform(0.99, 1, (250, k)) for k in (1, 2, 3)], -1)
+    for classes in (1, 3, 6):
+        top = rng.uniform(-3, 3, (250, 1))
+        logits = np.concatenate([top + np.log(below[:, :classes]), top], -1).astype(np.float32)
+        logits = np.concatenate([logits, np.full_like(logits[:1], -np.inf)])
+        maximum, rest = normalizer(jnp.asarray(logits))
+        assert_within(maximum, logits.max(-1), np.zeros(251), "max")
+        assert rest[-1] == -1
+        exact = np.expm1(oracle.softmax(oracle.lift(logits[:-1])).log_sum)
+        assert_within(rest[:-1], exact, 4 * F32.eps * exact, f"rest of {classes + 1} classes")
+    maximum, rest = normalizer(jnp.ones((2, 5), jnp.bfloat16))  # on CPU another path, as no row needs the parts
+    chex.assert_type((maximum, rest), jnp.float32)
+    np.testing.assert_array_equal(rest, [4, 4])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=named)
 @pytest.mark.parametrize("gap", [32, pytest.param(80, marks=FAR)])
 def test_a_target_far_above_all_others(rng, enable, dtype, gap):

@@ -127,7 +127,7 @@ def backward(
         return grads._replace(**written | {"kernel": _row_major(written["kernel"], schedule)})
 
     # Every block of these is written before it is read; only dhidden is a sum.
-    own: Any = Inputs(*(None if x is None else x.dtype if kept is None else kept_dtype(x.dtype) for x in inputs))
+    own: Any = Inputs._make((None if x is None else x.dtype if kept is None else kept_dtype(x.dtype) for x in inputs))
     grads = Inputs(*(None if x is None else lax.empty(x.shape, d) for x, d in zip(inputs, own, strict=True)))
     if sums is not None:
         grads = grads._replace(**{name: getattr(sums, name) for name in _SHARED})
