@@ -7,12 +7,13 @@ NOTEBOOK_ARGS ?=
 DOCS ?= build/docs
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS_VENV ?= .venv-peers
 
 # The packages here compile for CPU; a machine with an accelerator may say otherwise.
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo data test lint bench docs notebooks clean
+.PHONY: demo data test peers lint bench docs notebooks clean
 
 demo: $(READY) data  ## train a convolutional network on CIFAR-10 with jaxce's loss
 	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
@@ -23,6 +24,9 @@ data: $(READY)
 
 test: $(READY)  ## all tests, doctests and README examples included
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+peers: $(PEERS_VENV)/.ready  ## optax's, Keras's and torch's own tests of softmax cross-entropy, on jaxce
+	$(PEERS_VENV)/bin/python tests/peers
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -44,6 +48,12 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[test,bench,docs,notebooks]"
+	@touch $@
+
+$(PEERS_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS_VENV)/bin/python -m pip install --quiet --editable ".[peers]"
 	@touch $@
 
 clean:
