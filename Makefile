@@ -9,12 +9,13 @@ MUTANT_ARGS ?= --count 100 --seed 0
 DOCS ?= build/docs
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS_VENV ?= .venv-peers
 
 # The packages here compile for CPU; a machine with an accelerator may say otherwise.
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo data test fuzz mutants lint bench docs notebooks clean
+.PHONY: demo data test fuzz peers mutants lint bench docs notebooks clean
 
 demo: $(READY) data  ## train a convolutional network on CIFAR-10 with jaxce's loss
 	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
@@ -31,6 +32,9 @@ fuzz: $(READY)  ## random cases of every loss against float64; FUZZ_ARGS="--seed
 
 mutants: $(READY)  ## whether the tests notice small changes to jaxce, a sample of them (hours)
 	$(BIN)/python tests/mutants.py $(MUTANT_ARGS)
+
+peers: $(PEERS_VENV)/.ready  ## optax's, Keras's and torch's own tests of softmax cross-entropy, on jaxce
+	$(PEERS_VENV)/bin/python tests/peers
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -52,6 +56,12 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[test,bench,docs,notebooks]"
+	@touch $@
+
+$(PEERS_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(PEERS_VENV)/bin/python -m pip install --quiet --editable ".[peers]"
 	@touch $@
 
 clean:

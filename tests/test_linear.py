@@ -698,7 +698,7 @@ def test_the_products_of_every_arrangement(rng, vocab_axis, transposes, for_tpu)
 
     @jax.jit
     def both(dz, hidden, kernel):
-        return gradients(dz, hidden, kernel, projection, jnp.moveaxis(hidden, -1, 0) if transposes else None)
+        return gradients(dz, hidden, kernel, schedule, jnp.moveaxis(hidden, -1, 0) if transposes else None)
 
     dhidden, dkernel = both(*(x.astype(np.float32) for x in (dz, hidden, kernel)))
     expected = np.einsum("abv,dv->abd" if vocab_axis else "abv,vd->abd", dz, kernel)
