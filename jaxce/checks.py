@@ -36,8 +36,9 @@ def to_jax(x: Any) -> jax.Array:
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of numbers or bools that JAX has a dtype for, or a Python number it takes for one."""
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        known = x.dtype.isnative and x.dtype not in (np.longdouble, np.clongdouble)
-        return known and (jnp.issubdtype(x.dtype, np.number) or x.dtype == np.bool_)
+        if isinstance(x.dtype, np.dtype) and (not x.dtype.isnative or x.dtype in (np.longdouble, np.clongdouble)):
+            return False
+        return jnp.issubdtype(x.dtype, np.number) or x.dtype == np.bool_
     return isinstance(x, (int, float, complex))
 
 

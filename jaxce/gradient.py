@@ -101,7 +101,7 @@ def gradient(spec: Spec, row: Row, of: Factors) -> tuple[Array, Array | None, Ar
         dprobs = taking_part(times(of.target[..., None], surprise)).astype(row.probs.dtype)
     if of.smoothing is not None:
         share = of.smoothing[..., None]
-        dz = dz - share * smoothing_distribution(dz.shape, dtype, row.smoothing_weights, row.where)
+        dz = dz - share * smoothing_distribution(dz, dtype, row.smoothing_weights, row.where)
         if row.smoothing_weights is not None:
             dweights = jnp.sum(taking_part(times(share, surprise)), tuple(range(dz.ndim - 1)))
     dz = taking_part(dz)

@@ -9,16 +9,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from jaxce.compose import Amounts
 from jaxce.sharding import explicit_mesh, place, spec_of
 from jaxce.targets import Targets
 
 
 def sharded_alike(
-    logits: Array, targets: Targets, where: Array | None, weights: Array | None, axes: tuple[int, ...]
-) -> tuple[Targets, Array | None, Array | None]:
+    logits: Array, targets: Targets, where: Array | None, amounts: Amounts, axes: tuple[int, ...]
+) -> tuple[Targets, Array | None, Amounts]:
     """Targets, mask and weights, on a mesh with Explicit axes sharded as the logits are."""
     if (mesh := explicit_mesh(logits)) is None:
-        return targets, where, weights
+        return targets, where, amounts
     full = spec_of(logits)
     batch = [s for i, s in enumerate(full) if i not in axes]
 
@@ -27,7 +28,11 @@ def sharded_alike(
 
     entries = [*batch, None]
     probs = placed(targets.probs, full if targets.indices is None else entries)
-    return Targets(placed(targets.indices, entries), probs), placed(where, full), placed(weights, batch)
+    by_class = [full[axes[0]] if len(axes) == 1 else None]
+    amounts = amounts._replace(
+        weights=placed(amounts.weights, batch), class_weights=placed(amounts.class_weights, by_class)
+    )
+    return Targets(placed(targets.indices, entries), probs), placed(where, full), amounts
 
 
 def classes_last(

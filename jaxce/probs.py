@@ -79,8 +79,7 @@ def cross_entropy_from_probs(
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))
 def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...], options: Options) -> Array:
-    targets, _, weights = sharded_alike(p, targets, None, amounts.weights, axes)
-    amounts = amounts._replace(weights=weights)
+    targets, _, amounts = sharded_alike(p, targets, None, amounts, axes)
     p, targets, _ = classes_last(p, targets, None, axes)
     dtype = working_dtype(p.dtype)
     p = p.astype(dtype)

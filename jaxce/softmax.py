@@ -136,7 +136,8 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
     """
     if (targets is None) == (labels is None):
         got = "neither" if targets is None else "both"
-        checks.fail(TypeError, "targets", "targets, or labels for the same under optax's name", got)
+        expected = "class indices, probabilities or jaxce.SparseTargets, as targets or (optax's name for them) labels"
+        checks.fail(TypeError, "targets", expected, got)
     return _checked_loss(
         logits,
         labels if targets is None else targets,
@@ -218,8 +219,7 @@ def _checked_loss(
 def _loss(
     logits: Array, targets: Targets, where: Array | None, amounts: Amounts, *, axes: tuple[int, ...], options: Options
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    targets, where, weights = sharded_alike(logits, targets, where, amounts.weights, axes)
-    amounts = amounts._replace(weights=weights)
+    targets, where, amounts = sharded_alike(logits, targets, where, amounts, axes)
     logits, targets, where = classes_last(logits, targets, where, axes)
     return loss_of_logits(logits, targets, where, amounts, options)
 

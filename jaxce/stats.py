@@ -132,7 +132,7 @@ def row_stats(
     if spec.smoothing and smoothing_weights is None and where is None:
         smoothing = Gap(jnp.sum(below(), -1), jnp.full_like(rest, logits.shape[-1]))
     elif spec.smoothing:
-        smoothing = _gap(smoothing_distribution(logits.shape, dtype, smoothing_weights, where), below())
+        smoothing = _gap(smoothing_distribution(logits, dtype, smoothing_weights, where), below())
     if spec.entropy:
         # exp(−inf)·inf must count as 0: with a finite stand-in for the distance it does.
         distance = jnp.minimum(below(), jnp.finfo(dtype).max)
@@ -151,11 +151,11 @@ def _gap(weights: Array, below: Array) -> Gap:
     return Gap(jnp.sum(times(weights, below), -1), jnp.sum(weights, -1))
 
 
-def smoothing_distribution(
-    shape: tuple[int, ...], dtype: DTypeLike, weights: Array | None, where: Array | None
-) -> Array:
-    """The (unnormalised) weight that smoothing gives each class."""
-    v = jnp.ones(shape, dtype) if weights is None else jnp.broadcast_to(weights, shape)
+def smoothing_distribution(like: Array, dtype: DTypeLike, weights: Array | None, where: Array | None) -> Array:
+    """The (unnormalised) weight that smoothing gives each class, shaped and sharded as `like`."""
+    v = jnp.ones_like(like, dtype)
+    if weights is not None:
+        v = v * jnp.broadcast_to(weights, like.shape)
     return v if where is None else v * where.astype(dtype)
 
 

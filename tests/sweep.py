@@ -365,7 +365,7 @@ def draw(seed: int, index: int) -> Case:
         case.placement |= dict.fromkeys(MAIN[function][:2], "spec")
         case.placement["axes"] = pick("b", "v", "bv", p=[30, 20, 50])
     if linear:
-        modes = [None, "recompute"] + ["store"] * (reduction != "none")
+        modes = [None, "recompute"] + ["store"] * (reduction != "none" and transform != "symbolic")
         if (mode := pick(*modes)) is not None:
             constants["mode"] = mode
         if mesh is None and transform != "symbolic" and N and maybe(0.5):
@@ -398,7 +398,8 @@ def budget(case: Case, rng: np.random.Generator) -> int:
     targets = indices if probs is None else probs if indices is None else jaxce.SparseTargets(indices, probs)
     names = ("bias", "where", "weights", "class_weights", "label_smoothing", "z_loss")
     options = {n: shape(n) for n in names if n in params or n in data} | case.constants
-    options.pop("ignore_index", None)
+    if "ignore_index" in options:
+        options["ignore_index"] = -1
     with settings(case):
         plan = functools.partial(_planned, shape("hidden"), shape("kernel"), targets, options)
         most = plan(None).temp_bytes
@@ -783,9 +784,9 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
         return x.reshape(shape)
 
     if case.function == "linear":
-        narrow = np.promote_types(case.params["hidden"].dtype, case.params["kernel"].dtype)
+        narrow = {case.params["hidden"].dtype, case.params["kernel"].dtype} == {BF16}
         h = np.where(bad[:, None], 0, h)
-        rounding = 2.0**-8 * (abs(dz) + bounded) if narrow == BF16 else 0 * dz
+        rounding = 2.0**-8 * (abs(dz) + bounded) if narrow else 0 * dz
         of_hidden = (bounded + rounding + (V + 4) * eps * dz_size) @ abs(k).T
         of_kernel = abs(h).T @ (bounded + rounding + (N + 4) * eps * dz_size)
         dk = [h.T @ dz, abs(h).T @ dz_size, of_kernel]

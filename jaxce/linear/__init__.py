@@ -237,6 +237,9 @@ def _checked(
     if not isinstance(D * V, int):
         hint = "Only the batch may be symbolic."
         checks.fail(ValueError, "kernel", "a shape of numbers", checks.describe(kernel), hint)
+    if by_kind.indices is None and amounts.class_weights is not None:
+        # Used more than once: their gradients are added before they are rounded.
+        by_kind = by_kind._replace(probs=by_kind.probs.astype(amounts.class_weights.dtype))
     problem = plans.Problem(
         N,
         D,

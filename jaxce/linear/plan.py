@@ -32,7 +32,6 @@ import jax.numpy as jnp
 from jaxce import checks
 from jaxce.compose import Options
 from jaxce.linear.blocks import Schedule, Schedules
-from jaxce.linear.vocabulary import kept_dtype
 from jaxce.stats import matmul_dtype, working_dtype
 
 MODES = ("recompute", "store")
@@ -270,8 +269,8 @@ def _kept_bytes(p: Problem, mode: str, block_n: int, block_v: int) -> int:
     if mode == "recompute" or _in_one(p, block_n, block_v):
         terms = 2 + 2 * p.options.label_smoothing + 2 * p.options.return_aux  # of the record of a row
         return p.N * (terms + (p.entries or 2)) * p.working.itemsize
-    by_class = p.working.itemsize * (int(p.class_weights) + p.N * (p.entries is None))
-    return p.N * p.D * kept_dtype(p.hidden).itemsize + p.V * (p.D * kept_dtype(p.kernel).itemsize + by_class)
+    per_class = p.D + p.class_weights + (p.N if p.entries is None else 0)
+    return (p.N * p.D + p.V * per_class) * p.working.itemsize
 
 
 def chip() -> tuple[str, str]:

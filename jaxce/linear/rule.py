@@ -14,7 +14,7 @@ from jaxce.compose import CrossEntropyAux, Options, applied_weights, compose, co
 from jaxce.linear import store, vocabulary
 from jaxce.linear.blocks import Schedule, Schedules, by_platform, participating
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, row_axes, targets_of, without_class_weights
-from jaxce.linear.vocabulary import Inputs, kept_dtype, no_classes
+from jaxce.linear.vocabulary import Inputs, no_classes
 from jaxce.sharding import shard_count, sum_over, vary
 from jaxce.stats import RowStats, Spec, Terms, finish, finite, matmul_dtype, times, working_dtype
 
@@ -135,7 +135,7 @@ def _summed_fwd(schedules, options, tokens, shared, divisor):
 
     def recomputed(schedule, tokens, shared, divisor):
         (loss, aux), records = _recomputed_sum((schedule,) * 3, options, tokens, shared, divisor)
-        grads = jax.tree.map(lambda x: jnp.zeros_like(x, kept_dtype(x.dtype)), _floats(tokens, shared))
+        grads = jax.tree.map(lambda x: jnp.zeros_like(x, divisor.dtype), _floats(tokens, shared))
         return loss, aux, grads, records
 
     def either(schedule, *args):

@@ -17,7 +17,6 @@ from jaxce.compose import Amounts, CrossEntropyAux, Options, compose, unused_exa
 from jaxce.linear import vocabulary
 from jaxce.linear.blocks import Schedule, over_blocks, participating, put, take
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, row_axes, targets_of, without_class_weights
-from jaxce.linear.vocabulary import kept_dtype
 from jaxce.sharding import shard_count, vary, varying
 from jaxce.stats import Terms, finish, finite, matmul_dtype, working_dtype
 from jaxce.targets import Targets
@@ -27,14 +26,14 @@ class _State(NamedTuple):
     total: Array
     aux: CrossEntropyAux | None
     tokens: Tokens  # gradients
-    shared: Shared  # gradients, summed in the working dtype
+    shared: Shared  # gradients, summed up
     logits: Array  # of the block at hand: one array for all blocks, which nobody has to clear
 
 
 def forward(
     schedule: Schedule, options: Options, tokens: Tokens, shared: Shared, divisor: Array, unweighted: bool
 ) -> tuple[Array, CrossEntropyAux | None, tuple[Tokens, Shared]]:
-    """The sum of the losses over the divisor, the aux record, and the gradients of the former.
+    """The sum of the losses over the divisor, the aux record, and the gradients of the former in the working dtype.
 
     With `unweighted`, the gradient in the weights is not wanted of tokens whose weight is 0.
     """
@@ -74,8 +73,8 @@ def forward(
     state = _State(
         total,
         CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), rows) if options.return_aux else None,
-        jax.tree.map(lambda x: jnp.zeros_like(x, kept_dtype(x.dtype)), tokens._replace(indices=None, where=None)),
-        jax.tree.map(lambda x: jnp.zeros_like(x, working_dtype(x.dtype)), shared),
+        jax.tree.map(lambda x: jnp.zeros_like(x, dtype), tokens._replace(indices=None, where=None)),
+        jax.tree.map(lambda x: jnp.zeros_like(x, dtype), shared),
         logits,
     )
     if n:
@@ -83,8 +82,7 @@ def forward(
     dtokens = state.tokens
     if order is not None:
         dtokens = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), dtokens)
-    dshared = jax.tree.map(lambda sum, x: sum.astype(kept_dtype(x.dtype)), state.shared, shared)
-    return state.total, state.aux, (dtokens, dshared)
+    return state.total, state.aux, (dtokens, state.shared)
 
 
 def _used_first(

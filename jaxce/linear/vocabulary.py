@@ -99,7 +99,8 @@ def backward(
 ) -> Inputs:
     """The gradients in the inputs, for the cotangents of the terms of each row, whose record is as `finite` leaves it.
 
-    With `sums`, what is shared between tokens is added to them. With `kept` logits, gradients are in `kept_dtype`.
+    With `sums`, what is shared between tokens is added to them. With `kept` logits, gradients stay in the working
+    dtype: the backward pass will scale them before they are rounded.
     """
     rows = tuple(range(inputs.hidden.ndim - 1))
     hidden_t = lax.optimization_barrier(jnp.moveaxis(inputs.hidden, -1, 0)) if schedule.transposes else None
@@ -127,11 +128,15 @@ def backward(
         return grads._replace(**written | {"kernel": _row_major(written["kernel"], schedule)})
 
     # Every block of these is written before it is read; only dhidden is a sum.
-    own: Any = Inputs._make((None if x is None else x.dtype if kept is None else kept_dtype(x.dtype) for x in inputs))
-    grads = Inputs(*(None if x is None else lax.empty(x.shape, d) for x, d in zip(inputs, own, strict=True)))
+    working = working_dtype(matmul_dtype(inputs.hidden.dtype, inputs.kernel.dtype))
+
+    def own(x: Array) -> jnp.dtype:
+        return x.dtype if kept is None else working
+
+    grads = Inputs(*(None if x is None else lax.empty(x.shape, own(x)) for x in inputs))
     if sums is not None:
         grads = grads._replace(**{name: getattr(sums, name) for name in _SHARED})
-    dhidden = jnp.zeros(inputs.hidden.shape, working_dtype(matmul_dtype(inputs.hidden.dtype, inputs.kernel.dtype)))
+    dhidden = jnp.zeros(inputs.hidden.shape, working)
     grads, dhidden = vary((grads, dhidden), varying(inputs))
     # Tied to the forward pass, or one of them takes up memory meanwhile: dhidden on chip, or hidden states retiled.
     # And what belongs to whole rows is not computed anew in every block.
@@ -145,12 +150,7 @@ def backward(
     grads = over_blocks(inputs.kernel.shape[schedule.vocab_axis], schedule.backward_v, block, grads)
     # Of hidden states that devices share, each has the gradient from its own classes.
     dhidden = sum_over(grads.hidden, tuple(sorted(varying(grads.hidden) - varying(inputs.hidden))))
-    return grads._replace(hidden=dhidden.astype(own.hidden))
-
-
-def kept_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """What a gradient is kept in until the backward pass scales it: float16 would overflow, or lose what is small."""
-    return jnp.dtype(jnp.float32 if dtype == jnp.float16 or dtype.itemsize == 1 else dtype)
+    return grads._replace(hidden=dhidden.astype(own(inputs.hidden)))
 
 
 def no_classes(spec: Spec, inputs: Inputs) -> RowStats:
