@@ -28,9 +28,12 @@ _EIGHT_BITS = ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m
 FLOATS = tuple(map(jnp.dtype, ("float16", "bfloat16", "float32", "float64", *(f"float8_{x}" for x in _EIGHT_BITS))))
 
 
-def to_jax(x: Any) -> jax.Array:
-    """`x` as a JAX array. One that is stays as it is: `jnp.asarray` computes with it, and `jax_debug_nans` looks."""
-    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+def as_array(x: Any) -> Any:
+    """`x` as an array of a dtype that JAX uses now. No JAX array is made: `jax_debug_nans` would look at it."""
+    if isinstance(x, jax.Array):
+        return x
+    with np.errstate(over="ignore"):  # JAX, too, makes inf of a float64 that is too large
+        return np.asarray(x, jnp.result_type(x))
 
 
 def is_array(x: Any) -> bool:
@@ -57,7 +60,7 @@ def float_array(name: str, x: Any) -> jax.Array:
     """`x` as a JAX array of floats with at least one axis."""
     if not is_array(x) or jnp.result_type(x) not in FLOATS:
         fail(TypeError, name, "an array of floats, of 8 to 64 bits", describe(x), _convert(name, x))
-    x = to_jax(x)
+    x = as_array(x)
     if x.ndim == 0:
         fail(ValueError, name, "at least one axis, the classes", describe(x))
     return x
@@ -117,7 +120,7 @@ def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: S
     """`where`, with as many axes as the logits. A mask of the batch shape (optax) takes whole examples out."""
     if not is_array(mask) or jnp.result_type(mask) != jnp.bool_:
         fail(TypeError, "where", "an array of bools", describe(mask), "Convert it with where.astype(bool).")
-    mask = to_jax(mask)
+    mask = as_array(mask)
     readings = []
     if broadcastable(mask.shape, full):
         readings.append(mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape))
@@ -143,7 +146,7 @@ def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
             describe(x),
             "Weights per class go into class_weights.",
         )
-    return to_jax(x)
+    return as_array(x)
 
 
 def class_weights(x: Any, size: int) -> jax.Array:
@@ -163,7 +166,7 @@ def class_weights(x: Any, size: int) -> jax.Array:
             describe(x),
             "Weights per example go into weights.",
         )
-    return to_jax(x)
+    return as_array(x)
 
 
 def kernel(x: jax.Array, size: int, vocab_axis: int) -> None:

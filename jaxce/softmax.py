@@ -15,6 +15,7 @@ from jaxce import autodiff, checks
 from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose, unused_examples
 from jaxce.gradient import Row, effective, factors, gradient
 from jaxce.layout import class_count, classes_last, sharded_alike
+from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import shard_count, shard_start, sum_over, vary, varying
 from jaxce.stats import (
     RowStats,
@@ -254,6 +255,8 @@ def loss_of_logits(
     indices = None if targets.indices is None else targets.indices - start
     rows = (logits, indices, by_class, amounts.class_weights, where)
     rows = vary(rows, varying(rows))
+    if terms_of is softmax_terms:
+        rows = reverse_mode_only(rows)
     terms = terms_of(options.spec, *rows)
     unweighted = prediction = None
     if options.return_aux:

@@ -58,7 +58,7 @@ LOGITS_CASES = {
 
 TARGETS_CASES = {
     "list": Wrong(lambda: loss(targets=[0, 1]), TypeError, "targets", "class indices", "list", "jnp.asarray"),
-    "none": Wrong(lambda: loss(targets=None), TypeError, "targets", "class indices", "NoneType"),
+    "none": Wrong(lambda: loss(targets=None), TypeError, "targets", "class indices", "neither"),
     "string": Wrong(lambda: loss(targets="0"), TypeError, "targets", "class indices", "str"),
     "string array": Wrong(lambda: loss(targets=np.array(["a", "b"])), TypeError, "targets", "class indices", "<U1"),
     "tuple": Wrong(lambda: loss(targets=(LABELS, PROBS)), TypeError, "targets", "SparseTargets", "tuple"),

@@ -23,6 +23,7 @@ PACKAGE = pathlib.Path(jaxce.__file__).parent
 ORDER = [
     "jaxce.checks",
     "jaxce.label_check",
+    "jaxce.reverse_mode",
     "jaxce.sharding",
     "jaxce.stats",
     "jaxce.targets",

@@ -47,7 +47,7 @@ class Outcomes(NamedTuple):
 def checked(
     logits: Any, targets: Any, weights: Any, ignore_index: int | None
 ) -> tuple[Array, Array, Array, int | None]:
-    """Logits [N, V], labels [N], weights [N] in the working dtype, and the number that ignored labels have."""
+    """Logits, labels, weights in the working dtype, which `flat` takes; and the number that ignored labels have."""
     logits = checks.float_array("logits", logits)
     checks.num_classes("logits", logits.shape[-1])
     if not checks.is_integers(targets):
@@ -59,11 +59,16 @@ def checked(
     dtype = working_dtype(logits.dtype)
     weights = checks.example_weights(1.0 if weights is None else weights, batch).astype(dtype)
     weights = jnp.broadcast_to(jnp.where(weights >= 0, weights, jnp.nan), batch)
-    return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights.reshape(-1), ignore_index
+    return logits, targets, weights, ignore_index
+
+
+def flat(logits: Array, labels: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """`logits [N, V]`, `labels [N]` and `weights [N]`. In a compiled program: `jax_debug_nans` looks at every other."""
+    return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), weights.reshape(-1)
 
 
 def outcomes(logits: Array, labels: Array, weights: Array, ignore_index: int | None) -> Outcomes:
-    """`logits [N, V]`, `labels [N]` and `weights [N]` as `checked` returns them."""
+    """`logits [N, V]`, `labels [N]` and `weights [N]` as `flat` returns them."""
     num_classes = logits.shape[-1]
     # z_loss etc. are no part of what a model knows: the plain loss, whatever it was trained with.
     _, aux = softmax_cross_entropy(logits, labels, ignore_index=ignore_index, return_aux=True)

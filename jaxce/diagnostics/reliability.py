@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxce import checks
-from jaxce.diagnostics.outcomes import Outcomes, checked, outcomes
+from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "confidences", "hits"], meta_fields=[])
@@ -115,7 +115,7 @@ def calibration(
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _calibration(logits: Array, labels: Array, weights: Array, ignore_index: int | None, num_bins: int) -> Calibration:
-    return binned(outcomes(logits, labels, weights, ignore_index), num_bins)
+    return binned(outcomes(*flat(logits, labels, weights), ignore_index), num_bins)
 
 
 def brier(logits: Any, targets: Any, *, weights: Any = None, ignore_index: int | None = None) -> Array:
@@ -151,5 +151,5 @@ def brier(logits: Any, targets: Any, *, weights: Any = None, ignore_index: int |
 
 @functools.partial(jax.jit, static_argnums=3)
 def _brier(logits: Array, labels: Array, weights: Array, ignore_index: int | None) -> Array:
-    made = outcomes(logits, labels, weights, ignore_index)
+    made = outcomes(*flat(logits, labels, weights), ignore_index)
     return made.mean(made.brier)

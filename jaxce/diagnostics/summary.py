@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxce import checks
-from jaxce.diagnostics.outcomes import Outcomes, checked, outcomes
+from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes
 from jaxce.diagnostics.reliability import Calibration, binned
 
 # Inner edges of the histogram of losses, five to a decade, so that records of any two runs can be merged. All that is
@@ -160,6 +160,7 @@ def _summarize(
     num_bins: int,
     num_costliest: int,
 ) -> Summary:
+    logits, labels, weights = flat(logits, labels, weights)
     made = outcomes(logits, labels, weights, ignore_index)
     num_classes = logits.shape[-1]
     ones = jnp.ones_like(made.nll)

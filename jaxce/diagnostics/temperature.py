@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce import checks
-from jaxce.diagnostics.outcomes import checked
+from jaxce.diagnostics.outcomes import checked, flat
 from jaxce.softmax import softmax_cross_entropy
 
 _MAX_STEPS = 60  # bisection alone gets from [1e-3, 1e3] to float64's last digit in fewer
@@ -68,6 +68,7 @@ def fit_temperature(
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
 def _fit(logits: Array, labels: Array, weights: Array, ignore_index: int | None, low: float, high: float) -> Array:
+    logits, labels, weights = flat(logits, labels, weights)
     dtype = weights.dtype
     # A class of probability 0 stays one at every temperature: taken out, so that 0·∞ does not come up.
     possible = ~(logits == -jnp.inf)

@@ -15,6 +15,7 @@ from jaxce.linear import store, vocabulary
 from jaxce.linear.blocks import Schedule, Schedules, by_platform, participating
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, row_axes, targets_of, without_class_weights
 from jaxce.linear.vocabulary import Inputs, no_classes
+from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import shard_count, sum_over, vary
 from jaxce.stats import RowStats, Spec, Terms, finish, finite, matmul_dtype, times, working_dtype
 
@@ -55,7 +56,7 @@ def recomputed_loss(
 ) -> tuple[Result, Records]:
     """The loss of tokens `[..., D]`: each block of logits is computed for the loss, and again for the gradient."""
     vocab_axis = schedules[0].vocab_axis
-    inputs = inputs_of(tokens, shared, vocab_axis, options)
+    inputs = reverse_mode_only(inputs_of(tokens, shared, vocab_axis, options))
     terms, record = linear_terms(schedules, options.spec, inputs, known[0])
     unweighted = other = None
     if (without := without_class_weights(inputs, options)) is not None:
@@ -82,6 +83,7 @@ def stored_loss(schedules: Schedules, options: Options, tokens: Tokens, shared: 
 
     The divisor of a mean comes first, so that gradients are divided by it before they are rounded.
     """
+    tokens, shared = reverse_mode_only((tokens, shared))
     targets, amounts = targets_of(tokens), amounts_of(tokens, shared)
     rows = row_axes(tokens, shared, options.axis_name)
     dtype = working_dtype(matmul_dtype(tokens.hidden.dtype, shared.kernel.dtype))

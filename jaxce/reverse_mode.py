@@ -1,0 +1,52 @@
+"""Forward mode through a rule that only has a reverse mode is an error, and this one says what to do instead.
+
+`jax.custom_vjp` raises an error of its own, but not until the program is compiled, and it does not know of
+`implementation="autodiff"`. So a function with such a rule takes its argument through an identity whose tangent is
+never computed: reverse mode transposes it away, and anything that would compute it is told.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import jet
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxce import checks
+
+Tree = TypeVar("Tree")
+
+
+def reverse_mode_only(tree: Tree) -> Tree:
+    """The arrays themselves, which cannot be differentiated in forward mode."""
+    return jax.tree.map(lambda x: _argument_p.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    hint = "The default has a rule for reverse mode alone: grad, vjp, jacrev, hessian, and jvp of grad."
+    expected = "'autodiff' for forward mode (jvp, jacfwd, linearize)"
+    checks.fail(TypeError, "implementation", expected, "the default, 'xla'", hint)
+
+
+def _jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    # The primal itself: a derivative of this derivative must not meet the identity again.
+    (x,), (t,) = primals, tangents
+    return x, t if isinstance(t, ad.Zero) else _tangent_p.bind(t)
+
+
+_argument_p, _tangent_p = Primitive("reverse_mode_only"), Primitive("reverse_mode_only_tangent")
+for _p in _argument_p, _tangent_p:
+    _p.def_abstract_eval(lambda x: x)
+batching.defvectorized(_argument_p)
+batching.primitive_batchers[_tangent_p] = _refuse
+jet.jet_rules[_argument_p] = _refuse
+_argument_p.def_impl(lambda x: x)
+mlir.register_lowering(_argument_p, mlir.lower_fun(lambda x: x, multiple_results=False))
+ad.primitive_jvps[_argument_p] = _jvp
+_tangent_p.def_impl(_refuse)
+mlir.register_lowering(_tangent_p, _refuse)
+ad.primitive_transposes[_tangent_p] = lambda ct, _: [ct]
+ad.primitive_jvps[_tangent_p] = _refuse

@@ -1,0 +1,176 @@
+"""Programs for elsewhere: exported, serialised, with a batch of any size, for a platform that is not here."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import jaxce
+from jaxce.linear import plan as plans
+
+N, D, V = 6, 3, 7
+RNG = np.random.default_rng(0)
+HIDDEN, KERNEL, LABELS = RNG.normal(size=(N, D)), RNG.normal(size=(D, V)), RNG.integers(0, V, N)
+HIDDEN, KERNEL = HIDDEN.astype(np.float32), KERNEL.astype(np.float32)
+SPARSE = jaxce.SparseTargets(np.stack([LABELS, (LABELS + 1) % V], 1), np.full((N, 2), 0.5, np.float32))
+SOFT = np.asarray(jax.nn.softmax(RNG.normal(size=(N, V)).astype(np.float32)))
+WEIGHTS = np.linspace(0, 1, N, dtype=np.float32)
+
+
+def dense(h, k, t, w):
+    return jaxce.softmax_cross_entropy(h @ k, t, weights=w, label_smoothing=0.1, z_loss=1e-3, reduction="mean")
+
+
+def linear(**options):
+    def loss(h, k, t, w):
+        k = k.T if options.get("vocab_axis") == 0 else k
+        return jaxce.linear_cross_entropy(h, k, t, weights=w, label_smoothing=0.1, reduction="mean", **options)
+
+    return loss
+
+
+LOSSES = {
+    "dense": dense,
+    "integer labels": lambda h, k, t, w: jnp.sum(w * jaxce.softmax_cross_entropy_with_integer_labels(h @ k, t)),
+    "autodiff": linear(implementation="autodiff"),
+    "linear": linear(),
+    "recompute": linear(mode="recompute"),
+    "[V, D]": linear(vocab_axis=0),
+    "from probs": lambda h, k, t, w: jaxce.cross_entropy_from_probs(
+        jax.nn.softmax(h @ k), t, weights=w, reduction="sum"
+    ),
+    "mask": linear(where=np.arange(V) != V - 1),
+}
+TARGETS = {"index": np.minimum(LABELS, V - 2), "sparse": SPARSE, "probs": SOFT}
+KINDS = [
+    (loss, kind)
+    for loss in LOSSES
+    for kind in TARGETS
+    if kind == "index" or loss not in ("integer labels", "mask", "[V, D]", "recompute")
+]
+
+
+def shapes(tree, length):
+    """The same with the batch axis of that length."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((length, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)), tree
+    )
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize(("loss", "kind"), KINDS)
+def test_value_and_gradients_after_a_round_trip(loss, kind, symbolic):
+    step = jax.jit(jax.value_and_grad(LOSSES[loss], (0, 1, 3)))
+    arguments = HIDDEN, KERNEL, TARGETS[kind], WEIGHTS
+    h, t, w = shapes((HIDDEN, TARGETS[kind], WEIGHTS), export.symbolic_shape("b")[0] if symbolic else N)
+    exported = export.export(step)(h, jax.ShapeDtypeStruct(KERNEL.shape, KERNEL.dtype), t, w)
+    again = export.deserialize(exported.serialize())
+    arguments = jax.tree.map(lambda x, a: np.asarray(x, a.dtype), arguments, (h, KERNEL, t, w))
+    for found, wanted in zip(jax.tree.leaves(again.call(*arguments)), jax.tree.leaves(step(*arguments)), strict=True):
+        # Blocks may be others where the length is not known, so sums are added up in another order.
+        np.testing.assert_allclose(found, wanted, rtol=64 * np.finfo(np.float32).eps, atol=1e-6)
+
+
+def test_the_aux_record_after_a_round_trip():
+    def loss(z, t):
+        return jaxce.softmax_cross_entropy(z, t, return_aux=True)
+
+    logits = HIDDEN @ KERNEL
+    exported = export.deserialize(export.export(jax.jit(loss))(logits, SPARSE).serialize())
+    found, aux = exported.call(logits, jax.tree.map(jnp.asarray, SPARSE))
+    assert isinstance(aux, jaxce.CrossEntropyAux)
+    np.testing.assert_array_equal(found, loss(logits, SPARSE)[0])
+
+
+@pytest.mark.parametrize("options", [{"mode": "store", "reduction": "sum"}, {"memory_budget": 10**6}])
+def test_what_a_symbolic_batch_cannot_have(options):
+    h, t = shapes((HIDDEN, LABELS), export.symbolic_shape("b")[0])
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))}: expected None .*hidden \(b, 3\)"):
+        export.export(jax.jit(lambda h, t: jaxce.linear_cross_entropy(h, KERNEL, t, **options)))(h, t)
+
+
+# --- for another platform -------------------------------------------------------------------------------------------
+
+
+def lowered(platforms, reduction="mean", n=2048, d=8, v=16384):
+    """A training step for platforms that are not here, as text."""
+    arrays = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((n, d), (d, v))]
+
+    def loss(h, k, y):
+        return jaxce.linear_cross_entropy(h, k, y, reduction=reduction)
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    exported = export.export(step, platforms=platforms)(*arrays, jax.ShapeDtypeStruct((n,), jnp.int32))
+    return exported.mlir_module()
+
+
+def test_a_program_is_the_one_of_the_platform_it_is_for():
+    """Blocks of tokens and products of float32 on CPU; blocks of classes and narrow products elsewhere."""
+    cpu, tpu, gpu = (lowered([platform]) for platform in ("cpu", "tpu", "cuda"))
+    rows = jaxce.plan_linear_cross_entropy(*arrays_of(2048, 8, 16384), reduction="mean", platform="cpu").block_n
+    classes = jaxce.plan_linear_cross_entropy(*arrays_of(2048, 8, 16384), reduction="mean", platform="tpu").block_v
+    assert rows < 2048
+    assert classes < 16384
+    block = f"tensor<2048x{classes}xf32>"
+    for text, here, narrow in (cpu, f"tensor<{rows}x16384xf32>", False), (tpu, block, True), (gpu, block, True):
+        products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        assert products
+        assert all(("bf16" in line) == narrow for line in products)
+        assert here in text
+    assert f"tensor<{rows}x16384xf32>" not in tpu
+    assert block not in cpu
+
+
+def test_a_program_for_several_platforms_holds_the_right_one_for_each():
+    text = lowered(["cpu", "tpu"])
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert "stablehlo.case" in text
+    assert {"bf16" in line for line in products} == {True, False}
+
+
+def arrays_of(n, d, v):
+    return (
+        jax.ShapeDtypeStruct((n, d), jnp.bfloat16),
+        jax.ShapeDtypeStruct((d, v), jnp.bfloat16),
+        jax.ShapeDtypeStruct((n,), jnp.int32),
+    )
+
+
+def test_plans_for_other_platforms():
+    arrays = arrays_of(4096, 512, 50304)
+    found = {p: jaxce.plan_linear_cross_entropy(*arrays, reduction="mean", platform=p) for p in plans.PLATFORMS}
+    assert {p: plan.mode for p, plan in found.items()} == {"cpu": "store", "tpu": "recompute", "gpu": "recompute"}
+    assert {p: plan.platform for p, plan in found.items()} == {p: p for p in plans.PLATFORMS}
+    assert jaxce.plan_linear_cross_entropy(*arrays, reduction="mean") == found["cpu"]
+    with pytest.raises(ValueError, match=r"^platform: expected one of None, 'cpu', 'tpu', 'gpu'; got 'cuda'"):
+        jaxce.plan_linear_cross_entropy(*arrays, platform="cuda")
+
+
+def test_what_a_mode_keeps_for_the_backward_pass():
+    """As a scan over batches shows: that much more memory for each step, where the gradient is taken from outside."""
+    n, d, v = 64, 16, 1024
+    kernel = jax.ShapeDtypeStruct((d, v), jnp.float32)
+
+    def memory(mode, steps, budget):
+        def total(k, h, y):
+            def step(total, x):
+                return total + jaxce.linear_cross_entropy(
+                    x[0], k, x[1], reduction="sum", mode=mode, memory_budget=budget
+                ), None
+
+            return jax.lax.scan(step, 0.0, (h, y))[0]
+
+        batches = jax.ShapeDtypeStruct((steps, n, d), jnp.float32), jax.ShapeDtypeStruct((steps, n), jnp.int32)
+        return jax.jit(jax.grad(total)).lower(kernel, *batches).compile().memory_analysis().temp_size_in_bytes
+
+    arrays = jax.ShapeDtypeStruct((n, d), jnp.float32), kernel, jax.ShapeDtypeStruct((n,), jnp.int32)
+    for mode, budget in ("store", 300_000), ("store", None), ("recompute", None):
+        plan = jaxce.plan_linear_cross_entropy(*arrays, reduction="sum", mode=mode, memory_budget=budget)
+        growth = (memory(mode, 40, budget) - memory(mode, 8, budget)) / 32
+        arguments = 4 * n * (d + 1)  # of each step: a scan keeps them as well
+        assert 0.9 * plan.kept_bytes <= growth <= 1.2 * (plan.kept_bytes + arguments)
+        several = plan.mode == "store" and plan.block_n < n
+        assert (plan.kept_bytes > 4 * d * v) == several
