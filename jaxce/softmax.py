@@ -83,9 +83,9 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
     target, never :math:`p_y - 1`.
 
     Args:
-      logits: float16, bfloat16, float32 or float64, `[..., V]`; the class axis may be anywhere, see `axis`. −inf means
+      logits: floats of 8 to 64 bits, `[..., V]`; the class axis may be anywhere, see `axis`. −inf means
         probability 0.
-      targets: integers of the batch shape `[...]` (the shape of logits without the class axis), from 0 to V-1;
+      targets: integers of any dtype and of the batch shape `[...]` (the shape of logits without the class axis), from 0 to V-1;
         or floats of exactly the shape of logits, probabilities that sum to 1 along the class axis; or
         `jaxce.SparseTargets`. They are never broadcast.
       labels: optax's name for `targets`: give one of the two.
@@ -102,7 +102,8 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
       logit_softcap: a Python number c > 0: the logits become c·tanh(logits/c) (before `where`).
       reduction: `"none"`: the batch shape. `"sum"`. `"mean"`: the sum divided by the sum of the weights that were
         applied (`weights` times the class weight of the target). `"mean_count"`: the sum divided by the number of
-        examples that are not ignored. A mean over nothing is 0, with gradient 0.
+        examples that are not ignored. A mean over nothing is 0, with gradient 0: where all are ignored, and where
+        the weights sum to 0, even if some of them are not 0 themselves.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes, major first) that the classes are split over. `logits`,
         `where`, `class_weights` and probability targets are then this device's share, in the order of the devices;
         class indices are global. Devices exchange a few numbers per example.

@@ -714,3 +714,125 @@ def test_the_products_of_every_arrangement(rng, vocab_axis, transposes, for_tpu)
 )
 def test_eighths_of_a_block_are_whole_tiles(block_v, eighths, expected):
     assert plans._scaled(block_v, eighths) == expected
+
+
+# --- what the modes have in common ----------------------------------------------------------------------------------
+
+PAIRS = [
+    ("bfloat16", "bfloat16"),
+    ("float16", "float16"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "float16"),
+    ("float8_e4m3fn", "float8_e4m3fn"),
+    ("bfloat16", "float8_e5m2"),
+]
+
+
+@pytest.mark.parametrize("dtypes", PAIRS)
+def test_products_of_every_dtype_run_and_are_rounded_once(rng, dtypes):
+    """Both layouts, modes, ranks of the batch, with and without options, scaled by a number that is no power of two."""
+    n, v, scale = 12, 40, np.float32(0.3)
+    hidden, kernel, bias = (
+        jnp.asarray(rng.normal(size=s), d) for s, d in zip([(n, D), (D, v), v], [*dtypes, dtypes[0]], strict=True)
+    )
+    labels = rng.integers(0, v, n)
+    options = {"plain": {}, "smoothed": {"label_smoothing": 0.25}, "capped": {"logit_softcap": 30.0}}
+    ranks = {"plain": 1, "smoothed": 2, "capped": 2}
+    variants = [(m, a, ranks[o], o) for m in MODES for a in (0, 1) for o in options]
+
+    @jax.jit
+    def gradients(hidden, kernel, bias):
+        def one(mode, vocab_axis, rank, option):
+            def loss(h, k, b):
+                h, y = (h, labels) if rank == 1 else (h.reshape(3, 4, D), labels.reshape(3, 4))
+                with blocks(mode, 5, 16):
+                    return scale * linear_cross_entropy(
+                        h, k, y, bias=b, vocab_axis=vocab_axis, reduction="mean", **options[option]
+                    )
+
+            return jax.grad(loss, (0, 1, 2))(hidden, kernel if vocab_axis else kernel.T, bias)
+
+        return {variant: one(*variant) for variant in variants}
+
+    wide = [np.asarray(x).astype(np.float64) for x in (hidden, kernel, bias)]
+    z = wide[0] @ wide[1] + wide[2]
+    off = (D + 2) * EPS * np.max(np.abs(wide[0]) @ np.abs(wide[1]) + np.abs(wide[2]))
+    with jax.numpy_dtype_promotion("standard"):
+        actual = gradients(hidden, kernel, bias)
+    for (mode, vocab_axis, _rank, option), found in actual.items():
+        cap = options[option].get("logit_softcap")
+        capped = cap * np.tanh(z / cap) if cap else z
+        smoothing = options[option].get("label_smoothing", 0)
+        problem = oracle.Problem(capped, oracle.one_hot(labels, v), label_smoothing=smoothing)
+        dz, size = problem.gradients(oracle.Cotangents(np.full(n, float(scale) / n))).logits
+        dz, size = (x * (1 - (capped / cap) ** 2 if cap else 1) for x in (dz, size))
+        error = size * ((16 + n + v) * EPS + 8 * off)
+        wanted = [(dz @ wide[1].T, error @ np.abs(wide[1].T)), (wide[0].T @ dz, np.abs(wide[0].T) @ error)]
+        wanted.append((dz.sum(0), error.sum(0)))
+        for name, g, (value, bound) in zip(("hidden", "kernel", "bias"), found, wanted, strict=True):
+            g, dtype = np.asarray(g), g.dtype
+            g = g.T if name == "kernel" and not vocab_axis else g
+            rounded = oracle.half_ulp(value, dtype) if dtype != jnp.float32 else 0
+            oracle.assert_within(g, value, bound + 1.01 * rounded, f"{mode} {vocab_axis} {option} {name}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "mean_count"])
+def test_each_output_alone_has_its_gradient(rng, mode, reduction):
+    """The loss, each entry of the aux record, and an entry beside a loss that is not differentiated."""
+    args = arguments(rng, "probs")
+    cotangents = dict(
+        zip(("nll", "log_normalizer", "entropy"), rng.normal(size=(3, N)).astype(np.float32), strict=True)
+    )
+
+    def gradients(f):
+        def outputs(parts):
+            loss, aux = f(joined(parts, args), reduction=reduction, return_aux=True)
+            named = {name: jnp.sum(c * getattr(aux, name)) for name, c in cotangents.items()}
+            return {"loss": loss, "stopped": jax.lax.stop_gradient(loss) + named["entropy"], **named}
+
+        names = ("loss", "stopped", *cotangents)
+        return jax.jit(lambda p: {n: jax.grad(lambda p: outputs(p)[n])(p) for n in names})(floats(args))  # noqa: B023
+
+    with blocks(mode):
+        actual = gradients(fused)
+    wanted = gradients(dense)
+    for name, found in actual.items():
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted[name]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS * max(1, np.abs(b).max()), err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_blocks_that_are_left_out_lose_no_gradient(rng, kind, reduction):
+    """Above all that of a weight which is 0: the token's loss."""
+    args = arguments(rng, kind)
+    args["weights"] = args["weights"] * (rng.random(N) < 0.3)
+    options = {"reduction": reduction}
+    if kind == "index":
+        args["targets"] = np.where(rng.random(N) < 0.4, -1, args["targets"])
+        options["ignore_index"] = -1
+    with blocks("store"):
+        actual = outputs_and_gradients(fused, args, [np.float32(0.7)], **options)
+    wanted = outputs_and_gradients(dense, args, [np.float32(0.7)], **options)
+    weights = wanted[2]["weights"][args["weights"] == 0]
+    assert np.count_nonzero(weights) > 3
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS * max(1, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"logit_softcap": 5.0}, {"label_smoothing": 0.1}])
+def test_a_loss_that_is_thrown_away_leaves_no_gradient(rng, mode, options):
+    """As a training step does that skips what is not finite."""
+    args = {name: x for name, x in arguments(rng).items() if name in ("hidden", "kernel", "targets", "bias")}
+    args["bias"] = args["bias"].at[2].set(np.nan)
+
+    def skipped(h, k, b):
+        loss = linear_cross_entropy(h, k, args["targets"], bias=b, reduction="mean", **options)
+        return jnp.where(jnp.isfinite(loss), loss, 0)
+
+    with blocks(mode):
+        grads = jax.jit(jax.grad(skipped, (0, 1, 2)))(args["hidden"], args["kernel"], args["bias"])
+    for grad in grads:
+        np.testing.assert_array_equal(grad, 0)

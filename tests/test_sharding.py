@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxce
 from benchmarks import hlo
 from jaxce import CrossEntropyAux, SparseTargets, softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
@@ -291,3 +294,67 @@ def test_the_collective_pattern_finds_what_it_should():
     z = jax.device_put(np.ones((N, V), np.float32), split)
     text = jax.jit(lambda z: jax.lax.with_sharding_constraint(z, whole) * 2).lower(z).compile().as_text()
     assert max(collective_sizes(text)) == N * V
+
+
+# --- every placement ------------------------------------------------------------------------------------------------
+
+PLACED = {"hidden": P("b"), "both": P("b", "v"), "replicated": P(), "not": None}
+TARGET_PLACES = {"unplaced": None, "replicated": P(), "first axis": P("b"), "other axis": P("v")}
+
+
+def losses(rng):
+    """Public losses of arrays: the first is placed in one way, and the rest in another."""
+    h, k = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((4, 8, 6), (6, 16)))
+    y, w = jnp.asarray(rng.integers(0, 16, (4, 8))), jnp.asarray(rng.uniform(1, 2, (4, 8)), jnp.float32)
+    soft = jax.nn.softmax(jnp.asarray(rng.normal(size=(4, 8, 16)), jnp.float32))
+    z, options = h @ k, {"reduction": "mean", "label_smoothing": 0.1}
+    yield "index", lambda z, y, w: jaxce.softmax_cross_entropy(z, y, weights=w, **options), (z, y, w)
+    yield "probs", lambda z, t, w: jaxce.softmax_cross_entropy(z, t, weights=w, **options), (z, soft, w)
+    yield "from probs", lambda p, y, w: jaxce.cross_entropy_from_probs(p, y, weights=w, **options), (soft, y, w)
+    for mode in "recompute", "store":
+        linear = functools.partial(jaxce.linear_cross_entropy, mode=mode, **options)
+        yield mode, lambda h, k, y, w, f=linear: f(h, k, y, weights=w), (h, k, y, w)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("place", PLACED)
+def test_every_placement_of_every_argument(rng, axis_type, place):
+    """Placed alike or not, or not at all: the same loss and gradients, each sharded as its argument."""
+    mesh = jax.make_mesh((4, 2), ("b", "v"), axis_types=(axis_type,) * 2)
+    others = list(TARGET_PLACES.values()) if axis_type == AxisType.Explicit else [None, P("b")]
+    for number, (name, f, arrays) in enumerate(losses(rng)):
+        grad = jax.value_and_grad(f, (0, 1) if arrays[1].shape == (6, 16) else 0)
+        wanted = grad(*arrays)
+        for i, spec in list(enumerate(others))[number % 2 :: 2]:
+            specs = [PLACED[place], *[spec] * (len(arrays) - 1)]
+            if arrays[1].shape == (6, 16):
+                specs[1] = [None, P(), P(None, "v"), None][i] if place != "both" else P()
+            with jax.set_mesh(mesh):
+                placed = [
+                    np.asarray(x) if s is None else jax.device_put(x, NamedSharding(mesh, s))
+                    for x, s in zip(arrays, specs, strict=True)
+                ]
+                found = (grad if i > 1 else jax.jit(grad))(*placed)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=f"{name} {specs}")
+
+
+def test_what_an_explicit_mesh_cannot_have(rng):
+    mesh = jax.make_mesh((4, 2), ("b", "v"), axis_types=(AxisType.Explicit,) * 2)
+    h, k, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 6), (6, 16), 8))
+    y = jnp.zeros(8, jnp.int32)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(k, NamedSharding(mesh, P("v")))
+        with pytest.raises(ValueError, match=r"^kernel: expected features that are not split .*'v'"):
+            jaxce.linear_cross_entropy(h, split, y)
+        with pytest.raises(ValueError, match=r"^axis_name: expected None on a mesh with Explicit axes; got 'v'"):
+            jaxce.linear_cross_entropy(h, k, y, axis_name="v")
+
+
+def test_some_axes_of_an_explicit_mesh_left_explicit():
+    """JAX cannot compile the derivative of a shard_map inside one over the other axes."""
+    mesh = jax.make_mesh((4, 2), ("b", "v"), axis_types=(AxisType.Explicit,) * 2)
+    h, k, y = jnp.ones((8, 6)), jnp.ones((6, 16)), jnp.zeros(8, jnp.int32)
+    specs = {"in_specs": (P("b"), P(), P("b")), "out_specs": P("b")}
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"^hidden: expected a shard_map over all axes .*'v'"):
+        jax.shard_map(jaxce.linear_cross_entropy, axis_names={"b"}, **specs)(h, k, y)

@@ -88,7 +88,9 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
         which takes four matmuls and hardly any memory. `"store"` goes through blocks of tokens and computes the
         gradients along with the loss, three matmuls; it is for losses that are one number (`reduction` not "none"), and
         holds one block of logits with the whole vocabulary. It leaves blocks out that hold only ignored examples or
-        examples of weight 0. None: chosen by backend and shape.
+        examples of weight 0, and keeps the gradients for the backward pass: `jax.lax.scan` over batches keeps them for
+        every step if its gradient is taken from outside (take it inside, or use "recompute"). None: chosen by the
+        platform that is compiled for, and the shapes.
       memory_budget: bytes that loss and gradient may take beyond arguments and results; blocks are made smaller until
         they fit. See `jaxce.plan_linear_cross_entropy`.
       precision: of the matmuls, as in `jax.lax.dot_general`.

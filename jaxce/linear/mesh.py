@@ -22,6 +22,11 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
 
     What belongs to tokens or classes is brought to the same sharding; these are small beside the two.
     """
+    explicit = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit}
+    if AxisType.Manual in mesh.axis_types:  # JAX cannot compile the derivative of one shard_map inside another
+        left = ", ".join(map(repr, sorted(explicit)))
+        hint = "Name those in its axis_names too."
+        checks.fail(ValueError, "hidden", "a shard_map over all axes of the mesh, or none", f"{left} left out", hint)
     hidden, kernel = jnp.asarray(arguments["hidden"]), jnp.asarray(arguments["kernel"])
     vocab_axis = arguments["vocab_axis"] % 2
     *tokens, hidden_features = spec_of(hidden)
@@ -70,7 +75,7 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
     mapped = jax.shard_map(
         lambda arrays: loss(**arrays, **constants),
         mesh=mesh,
-        axis_names={n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit},
+        axis_names=explicit,
         in_specs=(jax.tree.map(spec_of, arrays),),
         out_specs=out_specs,
     )
