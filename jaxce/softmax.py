@@ -85,8 +85,8 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
     Args:
       logits: floats of 8 to 64 bits, `[..., V]`; the class axis may be anywhere, see `axis`. −inf means
         probability 0.
-      targets: integers of any dtype and of the batch shape `[...]` (the shape of logits without the class axis), from 0 to V-1;
-        or floats of exactly the shape of logits, probabilities that sum to 1 along the class axis; or
+      targets: integers of any dtype and of the batch shape `[...]` (the shape of logits without the class axis), from 0
+        to V-1; or floats of exactly the shape of logits, probabilities that sum to 1 along the class axis; or
         `jaxce.SparseTargets`. They are never broadcast.
       labels: optax's name for `targets`: give one of the two.
       axis: the class axis. A tuple of axes makes them one class axis, row-major (index targets are then flat indices);
