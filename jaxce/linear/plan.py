@@ -24,6 +24,7 @@ narrowed again. Gradients are rounded after they were retiled.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -183,6 +184,7 @@ def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: 
     return next((plan for plan in candidates if plan.temp_bytes <= memory_budget), smallest)
 
 
+@functools.lru_cache(maxsize=256)  # for calls that are not compiled into anything
 def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
     """Plans of one mode from the preferred block size down."""
     N, V = problem.N, problem.V
