@@ -14,12 +14,12 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxce import checks
+from jaxce.serialization import serializable
 from jaxce.sharding import AxisNames, explicitly_sharded, sum_over
 from jaxce.stats import Spec, Terms, times, working_dtype
 from jaxce.targets import Targets, class_weight_at, entry_probs, nan_where_unknown
@@ -145,12 +145,7 @@ class CrossEntropyAux:
     weight: Array
 
 
-jax.export.register_pytree_node_serialization(
-    CrossEntropyAux,
-    serialized_name="jaxce.CrossEntropyAux",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
-)
+serializable(CrossEntropyAux)
 
 
 def compose(

@@ -7,13 +7,13 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from jaxce import checks
 from jaxce.label_check import check_labels
+from jaxce.serialization import serializable
 from jaxce.sharding import AxisNames, explicitly_sharded, shard_start, sum_over
 from jaxce.stats import working_dtype
 
@@ -43,13 +43,7 @@ class SparseTargets:
     probs: Any
 
 
-# So that `jax.export` can serialise functions that take them.
-jax.export.register_pytree_node_serialization(
-    SparseTargets,
-    serialized_name="jaxce.SparseTargets",
-    serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
-)
+serializable(SparseTargets)
 
 
 class Targets(NamedTuple):

@@ -24,6 +24,7 @@ ORDER = [
     "jaxce.checks",
     "jaxce.label_check",
     "jaxce.reverse_mode",
+    "jaxce.serialization",
     "jaxce.sharding",
     "jaxce.stats",
     "jaxce.targets",
