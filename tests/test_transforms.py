@@ -284,15 +284,6 @@ class Variants(chex.TestCase):
 # --- forward mode, and the two implementations ----------------------------------------------------------------------
 
 
-def test_forward_mode_of_the_default_names_the_way_out(logits, rng):
-    """A custom_vjp has no forward rule; JAX says so, and implementation="autodiff" has one."""
-    labels = make_targets("index", rng)
-    with pytest.raises(TypeError, match=r"can't apply forward-mode .* to a custom_vjp function"):
-        jax.jvp(lambda z: softmax_cross_entropy(z, labels), (logits,), (logits,))
-    with pytest.raises(TypeError, match=r"can't apply forward-mode .* to a custom_vjp function"):
-        jax.jacfwd(lambda z: softmax_cross_entropy(z, labels))(logits)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_mode_of_autodiff(kind, logits, rng):
     """jvp, linearize and jacfwd give the product of the gradient with the tangent."""

@@ -38,6 +38,6 @@ def differences(implementation=None):
     masked = "inf location mismatch", "a probability on a class that `where` takes out costs +inf; optax leaves it out"
     found = {f"_classification_test.{case}.test_mask{i}": masked for case in (_DENSE, "PolyLossTest") for i in (0, 1)}
     if implementation != "autodiff":
-        forward = "can't apply forward-mode", 'checks forward mode too, which needs implementation="autodiff"'
+        forward = "expected 'autodiff' for forward mode", 'checks forward mode too: implementation="autodiff" has it'
         found |= {f"_classification_test.{case}.test_gradient": forward for case in _CASES}
     return found
