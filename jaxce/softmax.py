@@ -56,7 +56,6 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
     axis: int | tuple[int, ...] | None = -1,
     where: Any = None,
     *,
-    labels: Any = None,
     weights: Any = None,
     class_weights: Any = None,
     label_smoothing: Any = 0.0,
@@ -68,6 +67,7 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
     batch_axis_name: str | tuple[str, ...] | None = None,
     return_aux: bool = False,
     implementation: str | None = None,
+    labels: Any = None,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy between logits and class indices, probabilities or sparse probabilities.
 
@@ -88,7 +88,6 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
       targets: integers of any dtype and of the batch shape `[...]` (the shape of logits without the class axis), from 0
         to V-1; or floats of exactly the shape of logits, probabilities that sum to 1 along the class axis; or
         `jaxce.SparseTargets`. They are never broadcast.
-      labels: optax's name for `targets`: give one of the two.
       axis: the class axis. A tuple of axes makes them one class axis, row-major (index targets are then flat indices);
         None means all axes.
       where: bools that broadcast to the shape of logits: the classes that take part. The others get no probability and
@@ -112,6 +111,7 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
       return_aux: also return a `jaxce.CrossEntropyAux`.
       implementation: `"xla"` (the default) has a hand-written reverse-mode rule, which itself can be differentiated;
         `"autodiff"` is the same loss in plain JAX, for forward mode (jvp, jacfwd, linearize).
+      labels: optax's name for `targets`: give one of the two.
 
     Returns:
       The loss in nats, float64 for float64 logits and float32 for all others; with `return_aux`, `(loss, aux)`.

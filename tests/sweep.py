@@ -322,6 +322,7 @@ def draw(seed: int, index: int) -> Case:
             bias = rng.normal(size=V) + offset
             bias[gone[0] if total else np.zeros(V, bool)] = -np.inf
             if transform == "discard" and case.poison.any():
+                data.pop("where", None)  # which might take the class out
                 bias[rng.integers(V)] = np.nan
             params["bias"] = bias.astype(pick(main_dtype, other_dtype()) if transform != "hvp" else main_dtype)
     else:

@@ -159,9 +159,10 @@ def plan_linear_cross_entropy(
     floating-point operations.
 
     Args:
-      hidden, kernel, targets, options: as there; arrays or `jax.ShapeDtypeStruct`. Nothing is computed. Of what is
-        split over devices, give one device's share: plan and budget are for each.
+      hidden, kernel, targets: as there; arrays or `jax.ShapeDtypeStruct`. Nothing is computed. Of what is split over
+        devices, give one device's share: plan and budget are for each.
       platform: `"cpu"`, `"tpu"` or `"gpu"`: what the program is compiled for. None: what this process runs on.
+      options: as there.
 
     Returns:
       A `LinearPlan`; `print` shows it.

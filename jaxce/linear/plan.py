@@ -83,9 +83,10 @@ class Problem:
     def arrays(self) -> int:
         """How many arrays as large as a block of logits are alive at once: logits, gradient, and what options need."""
         dense = self.entries is None
-        if self.plain:
-            return 3 if self.entries != 1 else 2
-        return 3 + 2 * dense + (dense and self.class_weights)
+        without_aux = dataclasses.replace(self, options=dataclasses.replace(self.options, return_aux=False))
+        if self.entries == 1 and without_aux.plain:
+            return 2
+        return 3 if self.plain else 3 + 2 * dense + (dense and self.class_weights)
 
 
 @dataclasses.dataclass(frozen=True)
