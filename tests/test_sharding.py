@@ -354,7 +354,12 @@ def test_what_an_explicit_mesh_cannot_have(rng):
 def test_some_axes_of_an_explicit_mesh_left_explicit():
     """JAX cannot compile the derivative of a shard_map inside one over the other axes."""
     mesh = jax.make_mesh((4, 2), ("b", "v"), axis_types=(AxisType.Explicit,) * 2)
-    h, k, y = jnp.ones((8, 6)), jnp.ones((6, 16)), jnp.zeros(8, jnp.int32)
     specs = {"in_specs": (P("b"), P(), P("b")), "out_specs": P("b")}
+    h, k, y = (
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(
+            (jnp.ones((8, 6)), jnp.ones((6, 16)), jnp.zeros(8, jnp.int32)), specs["in_specs"], strict=True
+        )
+    )
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"^hidden: expected a shard_map over all axes .*'v'"):
         jax.shard_map(jaxce.linear_cross_entropy, axis_names={"b"}, **specs)(h, k, y)
