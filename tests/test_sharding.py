@@ -351,6 +351,13 @@ def test_what_an_explicit_mesh_cannot_have(rng):
             jaxce.linear_cross_entropy(h, k, y, axis_name="v")
 
 
+def test_labels_too_large_for_32_bits_on_an_explicit_mesh():
+    h, k, y = np.ones((2, 6), np.float32), np.ones((6, 16), np.float32), np.array([0, 2**32])
+    with jax.set_mesh(jax.make_mesh((4, 2), ("b", "v"), axis_types=(AxisType.Explicit,) * 2)):
+        assert np.isnan(jaxce.linear_cross_entropy(h, k, y)).tolist() == [False, True]
+        assert jaxce.linear_cross_entropy(h, k, y, ignore_index=2**32)[1] == 0
+
+
 def test_some_axes_of_an_explicit_mesh_left_explicit():
     """JAX cannot compile the derivative of a shard_map inside one over the other axes."""
     mesh = jax.make_mesh((4, 2), ("b", "v"), axis_types=(AxisType.Explicit,) * 2)

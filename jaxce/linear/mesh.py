@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxce import checks
 from jaxce.compose import CrossEntropyAux
 from jaxce.sharding import place, spec_of
-from jaxce.targets import SparseTargets
+from jaxce.targets import SparseTargets, class_indices
 
 
 def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) -> Array | tuple[Array, CrossEntropyAux]:
@@ -50,9 +51,15 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
         return place(jnp.asarray(x), mesh, spec)
 
     def placed_targets(x: Any) -> Any:
+        # Labels before anything else: a JAX array would wrap those that are too large for it.
         if isinstance(x, SparseTargets):
-            return jax.tree.map(lambda x: placed(x, (*tokens, None)), x)
-        return placed(x, tokens if checks.is_integers(x) else (*tokens, classes))
+            x, spec = dataclasses.replace(x, indices=labels("targets.indices", x.indices)), (*tokens, None)
+            return jax.tree.map(lambda x: placed(x, spec), x)
+        return placed(labels("targets", x), tokens) if checks.is_integers(x) else placed(x, (*tokens, classes))
+
+    def labels(name: str, x: Any) -> Array:
+        x, arguments["ignore_index"] = class_indices(name, x, arguments["ignore_index"])
+        return x
 
     arrays = {"hidden": hidden, "kernel": kernel, "targets": placed_targets(arguments["targets"])}
     for name, spec in {
