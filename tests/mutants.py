@@ -38,17 +38,18 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parent.parent
 # For each source file, or folder, what to run on its mutants: test files, or tests that come before their whole file.
 DENSE = ["compose", "sweep", "numbers::test_every_gradient_with_random_cotangents", "numbers", "axis_name", "checks"]
-LINEAR = ["sweep", "linear::test_every_gradient_against_the_oracle", "linear", "axis_name", "linear_plan", "checks"]
+LINEAR = ["linear::test_equals_the_dense_loss", "linear", "linear_plan", "axis_name", "checks", "sweep"]
 TESTS = {
     "jaxce/stats.py": DENSE,
     "jaxce/gradient.py": DENSE,
     "jaxce/compose.py": DENSE,
     "jaxce/targets.py": DENSE,
     "jaxce/linear": LINEAR,
+    "jaxce/linear/plan.py": ["linear_plan", *LINEAR],
 }
 
 # These pass without jit as well, and most mutants do not pass these.
-EAGER = ["tests/test_compose.py"]
+EAGER = ["tests/test_compose.py", "tests/test_linear.py::test_equals_the_dense_loss"]
 
 # Mutants that no test should tell from the original: the line, the changes to it, and why.
 EQUIVALENT = {
@@ -347,7 +348,7 @@ def main() -> None:
     if args.worker:
         work()
         return
-    paths = [p for name in args.files for p in (sorted((ROOT / name).glob("*.py")) or [ROOT / name])]
+    paths = dict.fromkeys(p for name in args.files for p in (sorted((ROOT / name).glob("*.py")) or [ROOT / name]))
     everything = [mutant for path in paths for mutant in mutants_of(path.relative_to(ROOT).as_posix())]
     drawn = random.Random(args.seed).sample(everything, min(args.count, len(everything)))
     chosen = [(i, mutant) for i, mutant in enumerate(drawn) if args.only is None or i in args.only]
