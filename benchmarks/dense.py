@@ -3,6 +3,9 @@
 optax has no argument for smoothing or class weights, so its column is what its documentation leads to: a dense target
 made with `jax.nn.one_hot` and `optax.smooth_labels`. Class weights without smoothing have a better way in optax, the
 integer loss times the weight of each label; that is a case of its own, `gathered weights`.
+
+Each program runs on the logits of a network before training, of a trained one, and of one that is sure of everything:
+what a loss does may depend on them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -26,8 +30,13 @@ from rich.table import Table
 import jaxce
 from benchmarks import measure, tpu
 
-SHAPES = [(128, 10), (1024, 10), (128, 1000), (1024, 1000), (256, 32768), (1024, 50257)]
+SHAPES = [(128, 10), (4096, 10), (65536, 10), (1024, 1000), (256, 32768), (512, 50257)]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+REGIMES = {
+    "fresh": "N(0, 1), random labels",
+    "trained": "N(0, 9), half of the labels on the largest logit",
+    "confident": "every label 12 above the others",
+}
 SMOOTHING = 0.1
 
 
@@ -83,16 +92,19 @@ CASES = {
     ),
 }
 BARRED = ("smoothed", "class weights")
+CELL = ("case", "n", "v", "dtype", "gradient")
 
 
-def inputs(shape: tuple[int, int], dtype: Any, confident: bool) -> tuple[jax.Array, ...]:
-    """Standard normal logits; in a confident batch every label holds nearly all of its row's mass."""
+def inputs(shape: tuple[int, int], dtype: Any, regime: str) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(0)
     n, v = shape
-    logits = rng.standard_normal(shape, np.float32)
+    rows = np.arange(n)
+    logits = rng.standard_normal(shape, np.float32) * (1 if regime == "fresh" else 3)
     labels = rng.integers(0, v, n)
-    if confident:
-        logits[np.arange(n), labels] = np.log(v) + 8
+    if regime == "trained":
+        labels = np.where(rows % 2 == 0, np.argmax(logits, -1), labels)
+    if regime == "confident":
+        logits[rows, labels] = np.max(logits, -1) + 12
     soft = rng.dirichlet(np.ones(min(v, 64)), n).astype(np.float32)
     soft = np.pad(soft, ((0, 0), (0, v - soft.shape[1])))
     weights = rng.uniform(0.5, 2, v).astype(np.float32)
@@ -126,81 +138,110 @@ def _blocking(f: Callable, args: tuple[jax.Array, ...]) -> Any:
     return jax.block_until_ready(f(*args))
 
 
-def compare(case: Case, args: tuple[jax.Array, ...], gradient: bool, seconds: float) -> dict[str, Any]:
-    """Median time, compile time and temporary memory of each library, and the ratios to jaxce."""
+def compare(
+    case: Case, data: dict[str, tuple[jax.Array, ...]], gradient: bool, seconds: float
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What the first call of each library takes; and for each regime median times and their ratios to jaxce."""
     wrap = with_gradient if gradient else (lambda f: f)
-    runs: dict[str, Callable[[], Any]] = {}
-    row: dict[str, Any] = {}
-    for name, loss in (("jaxce", case.jaxce), ("optax", case.optax)):
-        row[name] = measure.compiling(wrap(loss), *args)
-        runs[name] = functools.partial(_blocking, jax.jit(wrap(loss)), args)
-    if case.torch and (run := torch_run(case.torch, args, gradient)):
-        runs["torch"], row["torch"] = run, {}
-    times = measure.interleaved(runs, seconds)
-    for name, values in times.items():
-        row[name]["median_ms"] = float(np.median(values)) * 1e3
-        if name != "jaxce":
-            row[name]["ratio"] = measure.median_ratio(values, times["jaxce"])
-    return row
+    some = next(iter(data.values()))
+    compiled = {name: measure.first_call(wrap(getattr(case, name)), *some) for name in ("jaxce", "optax")}
+    rows = {}
+    for regime, args in data.items():
+        runs = {name: functools.partial(_blocking, program, args) for name, (program, _) in compiled.items()}
+        if case.torch and (run := torch_run(case.torch, args, gradient)):
+            runs["torch"] = run
+        times = measure.interleaved(runs, seconds)
+        rows[regime] = {name: {"median_ms": float(np.median(values)) * 1e3} for name, values in times.items()}
+        for name in times.keys() - {"jaxce"}:
+            rows[regime][name]["ratio"] = measure.median_ratio(times[name], times["jaxce"])
+    return {name: figures for name, (_, figures) in compiled.items()}, rows
 
 
 def run(args: argparse.Namespace) -> None:
     console = Console(width=118)
-    shapes, seconds = (SHAPES[:3:2], 0.05) if args.smoke else (SHAPES, args.seconds)
+    shapes, seconds = (SHAPES[:1], 0.05) if args.smoke else (SHAPES, args.seconds)
+    if args.cells:
+        shapes = [shape for shape in shapes if "x".join(map(str, shape)) in args.cells]
+    cases, regimes = args.cases or list(CASES), args.regime or list(REGIMES)
     cells: list[dict[str, Any]] = [
-        {"case": case, "n": n, "v": v, "dtype": dtype, "confident": confident, "gradient": gradient}
-        for case in CASES
+        {"case": case, "n": n, "v": v, "dtype": dtype, "gradient": gradient}
         for n, v in shapes
         for dtype in DTYPES
-        for confident in ((False, True) if case == "integer" else (False,))
+        for case in cases
         for gradient in (False, True)
     ]
-    rows = []
+    rows, programs = [], []
     for cell in track(cells, "dense", console=console, transient=True):
-        data = inputs((cell["n"], cell["v"]), DTYPES[cell["dtype"]], cell["confident"])
-        rows.append({**cell, **compare(CASES[cell["case"]], data, cell["gradient"], seconds)})
-    summary = summarize(rows)
+        data = {regime: inputs((cell["n"], cell["v"]), DTYPES[cell["dtype"]], regime) for regime in regimes}
+        compiled, by_regime = compare(CASES[cell["case"]], data, cell["gradient"], seconds)
+        programs.append({**cell, **compiled})
+        rows += [{**cell, "regime": regime, **row} for regime, row in by_regime.items()]
     results = {
         "command": "python -m benchmarks dense",
         "environment": measure.environment("jaxce", "jax", "jaxlib", "optax", "torch", "numpy", "libtpu"),
-        "summary": summary,
+        "summary": summarize(rows),
+        "first_call": first_calls(programs),
+        "eager": eager_calls(seconds),
+        "programs": programs,
         "rows": rows,
-        "tpu": tpu_rows(("integer",) if args.smoke else tuple(CASES), ("v5e",) if args.smoke else ("v5e", "v6e")),
+        "tpu": tpu_rows(("integer",) if args.smoke else tuple(cases), ("v5e",) if args.smoke else ("v5e", "v6e")),
     }
+    show(console, results)
+    if (cases, regimes, shapes) != (list(CASES), list(REGIMES), SHAPES) and not args.smoke:
+        console.print("a part of the benchmark: no file is written")
+        return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "dense-cpu.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
-    show(console, results)
     plot(results, args.output_dir / "dense-cpu.png")
     console.print(f"wrote {path.name} and dense-cpu.png to {args.output_dir}")
 
 
+GROUPS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "integer": lambda row: row["case"] == "integer",
+    "smoothed or class weights": lambda row: row["case"] in BARRED,
+    "smoothed or class weights, V >= 1000": lambda row: row["case"] in BARRED and row["v"] >= 1000,
+    "gathered weights": lambda row: row["case"] == "gathered weights",
+    "soft": lambda row: row["case"] == "soft",
+    "mixup": lambda row: row["case"] == "mixup",
+}
+
+
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means and minima of optax time / jaxce time."""
-
-    def over(name: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        found = []
-        for gradient in (False, True):
-            ratios = [r["optax"]["ratio"] for r in rows if keep(r) and r["gradient"] is gradient]
-            if ratios:
-                mean = measure.geometric_mean(ratios)
-                found.append({"cells": name, "gradient": gradient, "mean": mean, "worst": min(ratios)})
-        return found
-
-    groups = [
-        *over("integer", lambda r: r["case"] == "integer" and not r["confident"]),
-        *over("integer, every row confident", lambda r: r["case"] == "integer" and r["confident"]),
-        *over("smoothed or class weights", lambda r: r["case"] in BARRED),
-        *over("smoothed or class weights, V >= 1000", lambda r: r["case"] in BARRED and r["v"] >= 1000),
-    ]
-    for case in CASES:
-        if case not in ("integer", *BARRED):
-            groups += over(case, functools.partial(_is_case, case))
-    return groups
+    """Geometric means and minima of optax time / jaxce time, in each regime."""
+    found = []
+    for name, belongs in GROUPS.items():
+        for regime in REGIMES:
+            for gradient in (False, True):
+                of_these = (r for r in rows if belongs(r) and (r["regime"], r["gradient"]) == (regime, gradient))
+                if ratios := [row["optax"]["ratio"] for row in of_these]:
+                    figures = {"mean": measure.geometric_mean(ratios), "worst": min(ratios)}
+                    found.append({"targets": name, "regime": regime, "gradient": gradient, **figures})
+    return found
 
 
-def _is_case(case: str, row: dict[str, Any]) -> bool:
-    return row["case"] == case
+def first_calls(programs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tracing and compiling, jaxce / optax: geometric mean and the worst, and the seconds of the smallest program."""
+    found = []
+    for gradient in (False, True):
+        chosen = [p for p in programs if p["gradient"] is gradient]
+        ratios = [p["jaxce"]["first_call_s"] / p["optax"]["first_call_s"] for p in chosen]
+        seconds = {name: chosen[0][name]["first_call_s"] for name in ("jaxce", "optax")}
+        figures = {"mean": measure.geometric_mean(ratios), "worst": max(ratios)}
+        found.append({"gradient": gradient, **figures, "seconds": seconds})
+    return found
+
+
+def eager_calls(seconds: float) -> dict[str, Any]:
+    """An eager call of the integer loss, 128 x 10, compiled by an earlier one."""
+    args = inputs(SHAPES[0], jnp.float32, "trained")
+    case = CASES["integer"]
+    runs = {name: functools.partial(_blocking, getattr(case, name), args) for name in ("jaxce", "optax")}
+    times = measure.interleaved(runs, seconds)
+    return {
+        "ratio": measure.median_ratio(times["jaxce"], times["optax"]),
+        **{name: {"median_ms": float(np.median(values)) * 1e3} for name, values in times.items()},
+    }
 
 
 # --- compiled for TPU -----------------------------------------------------------------------------------------------
@@ -244,32 +285,36 @@ def tpu_programs(case: str) -> list[tuple[str, Callable]]:
 
 
 def show(console: Console, results: dict[str, Any]) -> None:
-    table = Table("cells", "", "geometric mean", "worst", title="optax time / jaxce time on CPU")
+    table = Table("targets", "logits", "", "geometric mean", "worst", title="optax time / jaxce time on CPU")
     for row in results["summary"]:
-        what = "loss + gradient" if row["gradient"] else "loss"
-        table.add_row(row["cells"], what, f"{row['mean']:.2f}", f"{row['worst']:.2f}")
+        table.add_row(row["targets"], row["regime"], _what(row), f"{row['mean']:.2f}", f"{row['worst']:.2f}")
     console.print(table)
 
-    table = Table("case", "N", "V", "dtype", "", "jaxce ms", "optax ms", "x", "torch ms", "x", "temp KB", "optax KB")
+    table = Table("case", "N", "V", "dtype", "", "logits", "jaxce ms", "optax ms", "x", "torch ms", "x", "KB", "optax")
+    programs = {tuple(p[key] for key in CELL): p for p in results["programs"]}
     for row in results["rows"]:
-        name = row["case"] + (" (confident)" if row["confident"] else "")
-        what = "grad" if row["gradient"] else "loss"
-        other = row.get("torch", {})
+        other, program = row.get("torch"), programs[tuple(row[key] for key in CELL)]
         table.add_row(
-            name,
-            str(row["n"]),
-            str(row["v"]),
-            row["dtype"],
-            what,
+            *(str(row[key]) for key in CELL[:4]),
+            "grad" if row["gradient"] else "loss",
+            row["regime"],
             f"{row['jaxce']['median_ms']:.3f}",
             f"{row['optax']['median_ms']:.3f}",
             f"{row['optax']['ratio']:.2f}",
             f"{other['median_ms']:.3f}" if other else "",
             f"{other['ratio']:.2f}" if other else "",
-            f"{row['jaxce']['temp_bytes'] / 1e3:.1f}",
-            f"{row['optax']['temp_bytes'] / 1e3:.1f}",
+            *(f"{program[name]['temp_bytes'] / 1e3:.0f}" for name in ("jaxce", "optax")),
         )
     console.print(table)
+
+    table = Table("", "geometric mean", "worst", "jaxce s", "optax s", title="first call, jaxce / optax")
+    for row in results["first_call"]:
+        of_smallest = (f"{row['seconds'][name]:.2f}" for name in ("jaxce", "optax"))
+        table.add_row(_what(row), f"{row['mean']:.2f}", f"{row['worst']:.2f}", *of_smallest)
+    console.print(table)
+    eager = results["eager"]
+    milliseconds = ", ".join(f"{name} {eager[name]['median_ms']:.3f} ms" for name in ("jaxce", "optax"))
+    console.print(f"an eager call of the integer loss, 128 x 10: {eager['ratio']:.2f} of optax's time ({milliseconds})")
 
     if results["tpu"]:
         n, v = TPU_SHAPE
@@ -287,8 +332,12 @@ def show(console: Console, results: dict[str, Any]) -> None:
         console.print(table)
 
 
+def _what(row: dict[str, Any]) -> str:
+    return "loss + gradient" if row["gradient"] else "loss"
+
+
 def plot(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Loss + gradient: how many times as fast as optax, per case and shape."""
+    """Loss + gradient: how many times as fast as optax, per case and shape, in each regime."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -297,21 +346,24 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     rows = [r for r in results["rows"] if r["gradient"]]
     cases = [c for c in CASES if any(r["case"] == c for r in rows)]
     shapes = list(dict.fromkeys((r["n"], r["v"]) for r in rows))
-    figure, axes = plt.subplots(1, len(DTYPES), figsize=(11, 4), sharey=True, layout="constrained")
-    for axis, dtype in zip(axes, DTYPES, strict=True):
-        for i, case in enumerate(cases):
-            chosen = [r for r in rows if r["case"] == case and r["dtype"] == dtype and not r["confident"]]
+    size = {"figsize": (11, 9), "sharex": True, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(len(REGIMES), len(DTYPES), **size)
+    for (i, regime), (j, dtype) in itertools.product(enumerate(REGIMES), enumerate(DTYPES)):
+        axis = axes[i][j]
+        for k, case in enumerate(cases):
+            chosen = [r for r in rows if (r["case"], r["dtype"], r["regime"]) == (case, dtype, regime)]
             ratios = [next(r["optax"]["ratio"] for r in chosen if (r["n"], r["v"]) == s) for s in shapes]
-            axis.bar(np.arange(len(shapes)) + (i - (len(cases) - 1) / 2) * 0.13, ratios, 0.13, label=case)
+            axis.bar(np.arange(len(shapes)) + (k - (len(cases) - 1) / 2) * 0.13, ratios, 0.13, label=case)
         axis.axhline(1, color="black", linewidth=1)
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         axis.set_xticks(range(len(shapes)), [f"{n}\nx {v}" for n, v in shapes])
-        axis.set_title(dtype)
+        axis.set_title(f"{regime} logits, {dtype}", fontsize=10)
         axis.set_axisbelow(True)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("speed relative to optax")
-    axes[0].legend(fontsize=8, loc="upper left")
+        if j == 0:
+            axis.set_ylabel("speed relative to optax")
+    axes[0][0].legend(fontsize=8, loc="upper left")
     figure.suptitle("Loss and gradient on CPU (above the line: jaxce is faster)")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -56,6 +56,13 @@ def compiled(f: Callable, *args: Any) -> tuple[Callable, dict[str, float]]:
     return program, {"compile_s": seconds, "temp_bytes": program.memory_analysis().temp_size_in_bytes}
 
 
+def first_call(f: Callable, *args: Any) -> tuple[Callable, dict[str, float]]:
+    """`f` compiled, and the seconds of a first call, tracing included, before it runs."""
+    start = time.perf_counter()
+    program, figures = compiled(f, *args)
+    return program, {"first_call_s": time.perf_counter() - start, **figures}
+
+
 def compiling(f: Callable, *args: Any) -> dict[str, float]:
     """What compiling `f` takes, in seconds, and the temporary bytes that the program needs."""
     return compiled(f, *args)[1]

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from jaxce.lookup import put
 from jaxce.sharding import mask_like
-from jaxce.stats import RowStats, Spec, Terms, exponentials, put, smoothing_distribution, times, working_dtype
+from jaxce.stats import RowStats, Spec, Terms, times
+from jaxce.sums import Rows, effective, exponentials_for_gradient, left_out, smoothing_distribution
 
 
 class Row(NamedTuple):
@@ -25,7 +27,7 @@ class Factors(NamedTuple):
     """What the gradients in all the classes of a row have in common.
 
     dead: a row that is not finite, and on which nothing depends: it gives 0. One on which something does gives NaN.
-    max: the largest logit; 0 in a row that is not finite.
+    max: the largest logit; in a dead row inf, which makes exp(z − max) 0.
     log_sum: log Σ exp(z − max).
     scale: a/(1 + rest), what exp(z − max) is multiplied by; see `gradient`.
     at_targets: the gradients of the logits at the K target indices.
@@ -41,14 +43,6 @@ class Factors(NamedTuple):
     target: Array
     smoothing: Array | None
     entropy: Array | None
-
-
-def effective(spec: Spec, logits: Array, where: Array | None) -> Array:
-    """The logits that the softmax sees: capped, then masked. Without either they keep their dtype."""
-    if spec.logit_softcap is not None:
-        logits = logits.astype(working_dtype(logits.dtype))
-        logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
-    return logits if where is None else jnp.where(mask_like(where, logits), logits, -jnp.inf)
 
 
 def factors(spec: Spec, indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> Factors:
@@ -67,11 +61,12 @@ def factors(spec: Spec, indices: Array | None, stats: RowStats, alive: Array, ct
     if indices is not None:
         below = stats.picked - stats.max[..., None]
         at_targets = _at_targets(indices, ct.target, a, below, rest, inverse, entropy)
-    return Factors(dead, stats.max, sound * jnp.log1p(rest), a * inverse, at_targets, ct.target, ct.smoothing, entropy)
+    maximum = jnp.where(dead, jnp.inf, stats.max)
+    return Factors(dead, maximum, sound * jnp.log1p(rest), a * inverse, at_targets, ct.target, ct.smoothing, entropy)
 
 
-def gradient(spec: Spec, row: Row, of: Factors) -> tuple[Array, Array | None, Array | None]:
-    """The gradients in logits, probs and smoothing_weights.
+def gradient(spec: Spec, row: Row, of: Factors, again: bool = False) -> tuple[Array, Array | None, Array | None]:
+    """The gradients in logits, probs and smoothing_weights. `again` is what `exponentials_for_gradient` takes.
 
     With p = softmax(z): d/dz_j = a·p_j + h·p_j·(max − z_j) − τ_j − σ_j, and the exact form at index targets.
 
@@ -85,7 +80,8 @@ def gradient(spec: Spec, row: Row, of: Factors) -> tuple[Array, Array | None, Ar
         return x if row.where is None else jnp.where(mask_like(row.where, x), x, jnp.zeros_like(x))
 
     z = effective(spec, row.logits, row.where)
-    e = _alive(of.dead, exponentials(z, of.max))
+    rows = Rows(row.logits, left_out(spec, row.indices), where=row.where)
+    e = exponentials_for_gradient(spec, again, rows, of.max)
     below = of.max[..., None] - _alive(of.dead, z.astype(dtype))
     scale = of.scale[..., None]
     if of.entropy is not None:

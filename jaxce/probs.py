@@ -13,7 +13,8 @@ from jax import Array
 from jaxce import checks
 from jaxce.compose import Amounts, Options, checked_options, compose, unused_examples
 from jaxce.layout import classes_last, sharded_alike
-from jaxce.stats import Terms, pick, times, working_dtype
+from jaxce.lookup import pick
+from jaxce.stats import Terms, times, working_dtype
 from jaxce.targets import Targets, entry_probs, sort_by_kind
 
 

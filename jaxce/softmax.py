@@ -13,8 +13,9 @@ from jax import Array
 
 from jaxce import autodiff, checks
 from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose, unused_examples
-from jaxce.gradient import Row, effective, factors, gradient
+from jaxce.gradient import Row, factors, gradient
 from jaxce.layout import class_count, classes_last, sharded_alike
+from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import shard_count, shard_start, sum_over, vary, varying
 from jaxce.stats import (
@@ -25,10 +26,10 @@ from jaxce.stats import (
     finite,
     merge_argmax,
     merge_shards,
-    row_stats,
     weighted,
     working_dtype,
 )
+from jaxce.sums import effective, row_stats
 from jaxce.targets import Targets, sort_by_kind
 
 
@@ -296,18 +297,25 @@ def softmax_terms(
     all of them.
     Differentiable in logits, probs and smoothing_weights. The residuals are the logits themselves and per-row numbers.
     """
-    return _terms_fwd(spec, logits, indices, probs, smoothing_weights, where)[0]
+    return _terms_and_record(False, spec, logits, indices, probs, smoothing_weights, where)[0]
+
+
+def _terms_and_record(keep, spec, logits, indices, probs, smoothing_weights, where):
+    stats = row_stats(logits, spec, indices, probs, smoothing_weights, where, keep)
+    stats = merge_shards(stats, spec.axis_name)
+    return written(finish(stats)), stats
 
 
 def _terms_fwd(spec, logits, indices, probs, smoothing_weights, where):
-    stats = row_stats(effective(spec, logits, where), spec, indices, probs, smoothing_weights, where)
-    stats = merge_shards(stats, spec.axis_name)
-    return finish(stats), (Row(logits, indices, probs, smoothing_weights, where), *finite(stats))
+    given = logits, indices, probs, smoothing_weights, where
+    terms, stats = _terms_and_record(not spec.axis_name, spec, *given)
+    return terms, (Row(*given), *finite(stats))
 
 
 def _terms_bwd(spec: Spec, residuals: tuple[Row, RowStats, Array], ct: Terms):
     row, stats, alive = residuals
-    dlogits, dprobs, dweights = gradient(spec, row, factors(spec, row.indices, stats, alive, ct))
+    of_rows = written(factors(spec, row.indices, stats, alive, ct))
+    dlogits, dprobs, dweights = gradient(spec, row, of_rows, again=not spec.axis_name)
     return dlogits, None, dprobs, dweights, None
 
 

@@ -18,11 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxce.sharding import AxisNames, class_numbers, explicitly_sharded
-
-# Up to this many target classes per row are found by comparing class numbers, which fuses into the pass over the
-# logits; more of them are found by a gather, whose cost does not grow with K times V.
-_MAX_COMPARED = 8
+from jaxce.sharding import AxisNames
 
 
 class Gap(NamedTuple):
@@ -109,54 +105,6 @@ def _weighted_jvp(primals, tangents):
     (a, b), (da, db) = (jnp.broadcast_arrays(*x) for x in (primals, tangents))
     zero = jnp.zeros_like(a)
     return a * b, jnp.where(b == 0, zero, b * da) + jnp.where(a == 0, zero, a * db)
-
-
-def row_stats(
-    logits: Array,
-    spec: Spec,
-    indices: Array | None = None,
-    probs: Array | None = None,
-    smoothing_weights: Array | None = None,
-    where: Array | None = None,
-) -> RowStats:
-    """The record of `logits [..., V]`, already capped and masked; `where` says which classes smoothing reaches."""
-    dtype = working_dtype(logits.dtype)
-    maximum, rest = normalizer(logits)
-
-    def below() -> Array:
-        return _below(*_reread(logits, maximum))
-
-    target = smoothing = spread = None
-    if probs is not None:
-        target = _gap(probs, below())
-    if spec.smoothing and smoothing_weights is None and where is None:
-        smoothing = Gap(jnp.sum(below(), -1), jnp.full_like(rest, logits.shape[-1]))
-    elif spec.smoothing:
-        smoothing = _gap(smoothing_distribution(logits, dtype, smoothing_weights, where), below())
-    if spec.entropy:
-        # exp(−inf)·inf must count as 0: with a finite stand-in for the distance it does.
-        distance = jnp.minimum(below(), jnp.finfo(dtype).max)
-        spread = jnp.sum(jnp.exp(-distance) * distance, -1)
-    picked = None if indices is None else pick(logits, indices).astype(dtype)
-    return RowStats(maximum, rest, picked, target, smoothing, spread)
-
-
-def _below(logits: Array, maximum: Array) -> Array:
-    """max − z: not negative, and inf at −inf."""
-    return _shift(maximum)[..., None] - logits.astype(maximum.dtype)
-
-
-def _gap(weights: Array, below: Array) -> Gap:
-    weights = weights.astype(below.dtype)
-    return Gap(jnp.sum(times(weights, below), -1), jnp.sum(weights, -1))
-
-
-def smoothing_distribution(like: Array, dtype: DTypeLike, weights: Array | None, where: Array | None) -> Array:
-    """The (unnormalised) weight that smoothing gives each class, shaped and sharded as `like`."""
-    v = jnp.ones_like(like, dtype)
-    if weights is not None:
-        v = v * jnp.broadcast_to(weights, like.shape)
-    return v if where is None else v * where.astype(dtype)
 
 
 def finish(stats: RowStats) -> Terms:
@@ -250,7 +198,7 @@ def _merge_gaps(a: Gap, a_max: Array, b: Gap, b_max: Array) -> Gap:
 
 def _moved(gap: Gap, old: Array, new: Array) -> Gap:
     """The gap below another maximum."""
-    return gap._replace(sum=gap.sum + times(gap.mass, _shift(new) - _shift(old)))
+    return gap._replace(sum=gap.sum + times(gap.mass, shift(new) - shift(old)))
 
 
 def _rescaled_spread(stats: RowStats, maximum: Array) -> Array:
@@ -259,138 +207,6 @@ def _rescaled_spread(stats: RowStats, maximum: Array) -> Array:
     return jnp.where(stats.max == -jnp.inf, 0, moved)
 
 
-def _shift(maximum: Array) -> Array:
+def shift(maximum: Array) -> Array:
     """What to subtract from the logits: the maximum, or 0 in a row of nothing but −inf (−inf − −inf is NaN)."""
     return jnp.where(maximum == -jnp.inf, 0, maximum)
-
-
-# --- max and rest ---------------------------------------------------------------------------------------------------
-
-
-@jax.custom_jvp
-def normalizer(logits: Array) -> tuple[Array, Array]:
-    """`max` and `rest` of each row.
-
-    The plain sum Σ e, e = exp(z − max), holds the 1 of the maximum, beside which small terms lose their digits. So the
-    terms are also summed in two parts, low = min(e, max(3 − 4e, 0)) and high = e − low: up to e = 0.6 all of a term is
-    low, from 0.75 on all of it is high. If the plain sum is below 1.5 then the maximum is the only high term and
-    Σ low is `rest`; below 3 there are at most four high terms and `rest` is Σ low + (Σ high − 1); above, taking 1 away
-    from the plain sum is as exact. No term is told apart by being equal to the maximum: a compiler that computes the
-    logits anew for each pass may round them differently.
-    """
-    return lax.platform_dependent(logits, cpu=_normalizer_cpu, default=_normalizer_fused)
-
-
-def _normalizer_fused(logits: Array) -> tuple[Array, Array]:
-    maximum = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
-    e = _exponentials(logits, maximum)
-    low = _low(e)
-    return maximum, _rest(jnp.sum(e, -1), jnp.sum(low, -1), jnp.sum(e - low, -1))
-
-
-def _normalizer_cpu(logits: Array) -> tuple[Array, Array]:
-    """The same numbers, arranged for XLA's CPU compiler.
-
-    It runs a reduction of an elementwise expression through a fast library kernel if the reduction is the
-    expression's only reader, and writes the expression to memory otherwise. So the maximum is taken in the logits' own
-    dtype, the further sums read the logits anew, and they are skipped while no row needs them.
-    """
-    maximum = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
-    total = jnp.sum(_exponentials(logits, maximum), -1)
-
-    def in_parts() -> Array:
-        again = _reread(logits, maximum)
-        low = jnp.sum(_low(_exponentials(*again)), -1)
-        high = jnp.sum(_high(_exponentials(*_reread(*again))), -1)
-        return _rest(total, low, high)
-
-    return maximum, lax.cond(jnp.any(total < 3), in_parts, lambda: total - 1)
-
-
-def _low(e: Array) -> Array:
-    return jnp.minimum(e, jnp.maximum(3 - 4 * e, 0))
-
-
-def _high(e: Array) -> Array:
-    """max(min(e, 5e − 3), 0), in other constants than `_low`: XLA on CPU would write a shared one out in full."""
-    x = jnp.minimum(e, 5 * (e - 0.6))
-    return (x + jnp.abs(x)) / 2
-
-
-def _rest(total: Array, low: Array, high: Array) -> Array:
-    in_parts = jnp.where(total < 1.5, low, low + (high - 1))
-    return jnp.where((total >= 0.5) & (total < 3), in_parts, total - 1)  # below 0.5 there is no class at all: 0 − 1
-
-
-def _reread(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays, for one more pass over them. On CPU the passes must not share a subexpression (see above).
-
-    To the compiler two rereadings of the same arrays are one: for a third pass, reread what the second has read.
-    """
-    return lax.platform_dependent(*arrays, cpu=lambda *a: lax.optimization_barrier(a), default=lambda *a: a)
-
-
-def _exponentials(logits: Array, maximum: Array) -> Array:
-    return jnp.exp(logits.astype(maximum.dtype) - _shift(maximum)[..., None])
-
-
-@jax.custom_jvp
-def exponentials(logits: Array, maximum: Array) -> Array:
-    """exp(z − max) in the working dtype: the expression of the forward pass, so that a compiler can share it."""
-    return _exponentials(logits, maximum)
-
-
-# `max` only fixes where the other numbers are measured from, so it is a constant of both derivatives below. And what
-# is not finite has none: it must not turn a zero cotangent into NaN on the way back.
-
-
-@exponentials.defjvp
-def _exponentials_jvp(primals, tangents):
-    e = exponentials(*primals)
-    return e, jnp.where(jnp.isfinite(e), e, 0) * tangents[0].astype(e.dtype)
-
-
-@normalizer.defjvp
-def _normalizer_jvp(primals, tangents):
-    (logits,), (tangent,) = primals, tangents
-    maximum, rest = normalizer(logits)
-    e = exponentials(logits, maximum)
-    de = jnp.where(jnp.isfinite(e), e, 0) * tangent.astype(e.dtype)
-    return (maximum, rest), (jnp.zeros_like(maximum), jnp.sum(de, -1))
-
-
-# --- target look-ups ------------------------------------------------------------------------------------------------
-
-
-def pick(logits: Array, indices: Array) -> Array:
-    """The logits `[..., K]` at `indices [..., K]`; 0 for an index outside the row."""
-
-    def compare(z: Array, i: Array) -> Array:
-        hits = (jnp.where(_is_class(z, i[..., k]), z, jnp.zeros_like(z)) for k in range(i.shape[-1]))
-        return jnp.stack([jnp.sum(hit, -1, dtype=z.dtype) for hit in hits], -1)
-
-    def gather(z: Array, i: Array) -> Array:
-        inside = (i >= 0) & (i < z.shape[-1])
-        found = jnp.take_along_axis(z, jnp.where(inside, i, 0), -1, mode="promise_in_bounds")
-        return jnp.where(inside, found, jnp.zeros_like(found))
-
-    if explicitly_sharded(logits, indices):  # a gather would have to be told how its result is sharded
-        return compare(logits, indices)
-    if indices.shape[-1] > _MAX_COMPARED:
-        return gather(logits, indices)
-    return lax.platform_dependent(logits, indices, cpu=gather, default=compare)
-
-
-def put(array: Array, indices: Array, values: Array) -> Array:
-    """`array [..., V]` with `values [..., K]` at `indices [..., K]`; an index outside the row is passed over."""
-    if indices.shape[-1] <= _MAX_COMPARED or explicitly_sharded(array, indices):
-        for k in range(indices.shape[-1]):
-            array = jnp.where(_is_class(array, indices[..., k]), values[..., k, None], array)
-        return array
-    size = array.shape[-1]
-    inside = jnp.where((indices >= 0) & (indices < size), indices, size)  # a negative index would count from the end
-    return jnp.put_along_axis(array, inside, values, -1, inplace=False, mode="drop")
-
-
-def _is_class(like: Array, index: Array) -> Array:
-    return class_numbers(like, index.dtype) == index[..., None]

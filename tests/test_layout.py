@@ -23,10 +23,13 @@ PACKAGE = pathlib.Path(jaxce.__file__).parent
 ORDER = [
     "jaxce.checks",
     "jaxce.label_check",
+    "jaxce.on_cpu",
     "jaxce.reverse_mode",
     "jaxce.serialization",
     "jaxce.sharding",
     "jaxce.stats",
+    "jaxce.lookup",
+    "jaxce.sums",
     "jaxce.targets",
     "jaxce.compose",
     "jaxce.layout",

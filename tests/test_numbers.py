@@ -16,7 +16,7 @@ from jax.experimental import checkify
 from oracle import Cotangents, Problem, assert_within, half_ulp, lower
 
 import jaxce
-from jaxce import stats
+from jaxce import lookup, stats, sums
 
 IMPLEMENTATIONS = [None, "autodiff"]
 F32 = np.finfo(np.float32)
@@ -178,25 +178,6 @@ def test_large_vocabularies(rng, enable, dtype, num_classes, implementation):
     labels = labels.astype(np.int32)
     loss, gradient = loss_and_gradient(logits, labels, implementation=implementation)
     check_index(logits, labels, loss, gradient, looser=implementation == "autodiff")
-
-
-@pytest.mark.parametrize("normalizer", [stats._normalizer_cpu, stats._normalizer_fused])
-def test_the_sum_without_the_maximum(rng, normalizer):
-    """On both sides of every threshold, also in the form that only accelerators compile."""
-    share = np.linspace(0.004, 1, 250)[:, None]
-    below = np.concatenate([np.broadcast_to(share, (250, k)) * rng.uniform(0.99, 1, (250, k)) for k in (1, 2, 3)], -1)
-    for classes in (1, 3, 6):
-        top = rng.uniform(-3, 3, (250, 1))
-        logits = np.concatenate([top + np.log(below[:, :classes]), top], -1).astype(np.float32)
-        logits = np.concatenate([logits, np.full_like(logits[:1], -np.inf)])
-        maximum, rest = normalizer(jnp.asarray(logits))
-        assert_within(maximum, logits.max(-1), np.zeros(251), "max")
-        assert rest[-1] == -1
-        exact = np.expm1(oracle.softmax(oracle.lift(logits[:-1])).log_sum)
-        assert_within(rest[:-1], exact, 4 * F32.eps * exact, f"rest of {classes + 1} classes")
-    maximum, rest = normalizer(jnp.ones((2, 5), jnp.bfloat16))  # on CPU another path, as no row needs the parts
-    chex.assert_type((maximum, rest), jnp.float32)
-    np.testing.assert_array_equal(rest, [4, 4])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=named)
@@ -779,9 +760,9 @@ def merged_terms(blocks, block_probs, indices, starts, sizes, order):
 
     def record(block, probs, start, size):
         inside = jnp.arange(WIDTH) < size
-        r = stats.row_stats(block, spec, probs=probs, where=jnp.broadcast_to(inside, block.shape))
+        r = sums.row_stats(block, spec, probs=probs, where=jnp.broadcast_to(inside, block.shape))
         here = (indices >= start) & (indices < start + size)
-        picked = jnp.where(here, stats.pick(block, indices - start), 0)
+        picked = jnp.where(here, lookup.pick(block, indices - start), 0)
         return r._replace(picked=picked, argmax=start + jnp.argmax(block, -1).astype(jnp.int32))
 
     records = [record(blocks[i], block_probs[i], starts[i], sizes[i]) for i in range(BLOCKS)]

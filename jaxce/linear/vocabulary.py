@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce.gradient import Row, effective, factors, gradient
+from jaxce.gradient import Row, factors, gradient
 from jaxce.linear.blocks import (
     Schedule,
     gradients,
@@ -30,11 +30,11 @@ from jaxce.stats import (
     matmul_dtype,
     merge,
     merge_shards,
-    row_stats,
     times,
     weighted,
     working_dtype,
 )
+from jaxce.sums import effective, row_stats
 
 
 class Inputs(NamedTuple):
@@ -73,9 +73,9 @@ def forward(
         z = _logits(x, schedule, start, kept)
         if keep_in is not None:
             all_logits = put(all_logits, z, start, -1)
-        z = effective(spec, z, x.where)
         stats = row_stats(z, spec, x.indices, _weighted(x), x.smoothing_weights, x.where)
         if spec.entropy:
+            z = effective(spec, z, x.where)
             stats = stats._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + jnp.asarray(first + start, jnp.int32))
         return merge(before, stats), all_logits
 

@@ -1,0 +1,55 @@
+"""Values at target classes: taken from rows, and put into them."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxce.sharding import class_numbers, explicitly_sharded
+
+# Up to this many target classes per row are found by comparing class numbers, which fuses into the pass over the
+# logits; more of them are found by a gather, whose cost does not grow with K times V.
+_MAX_COMPARED = 8
+
+
+def pick(array: Array, indices: Array) -> Array:
+    """The values `[..., K]` of `array [..., V]` at `indices [..., K]`; 0 for an index outside the row."""
+    if explicitly_sharded(array, indices):  # a gather would have to be told how its result is sharded
+        return compared(array, indices)
+    if indices.shape[-1] > _MAX_COMPARED:
+        return gathered(array, indices)
+    return lax.platform_dependent(array, indices, cpu=gathered, default=compared)
+
+
+def compared(array: Array, indices: Array) -> Array:
+    """`pick` by class numbers."""
+    hits = (jnp.where(is_class(array, indices[..., k]), array, jnp.zeros_like(array)) for k in range(indices.shape[-1]))
+    return jnp.stack([jnp.sum(hit, -1, dtype=array.dtype) for hit in hits], -1)
+
+
+def gathered(array: Array, indices: Array) -> Array:
+    """`pick` by address."""
+    inside = (indices >= 0) & (indices < array.shape[-1])
+    found = jnp.take_along_axis(array, jnp.where(inside, indices, 0), -1, mode="promise_in_bounds")
+    return jnp.where(inside, found, jnp.zeros_like(found))
+
+
+def put(array: Array, indices: Array, values: Array) -> Array:
+    """`array [..., V]` with `values [..., K]` at `indices [..., K]`; an index outside the row is passed over."""
+    if indices.shape[-1] <= _MAX_COMPARED or explicitly_sharded(array, indices):
+        for k in range(indices.shape[-1]):
+            array = jnp.where(is_class(array, indices[..., k]), values[..., k, None], array)
+        return array
+    return scattered(array, indices, values)
+
+
+def scattered(array: Array, indices: Array, values: Array) -> Array:
+    """`put` by address."""
+    size = array.shape[-1]
+    inside = jnp.where((indices >= 0) & (indices < size), indices, size)  # a negative index would count from the end
+    return jnp.put_along_axis(array, inside, values, -1, inplace=False, mode="drop")
+
+
+def is_class(like: Array, index: Array) -> Array:
+    """Where in `like [..., V]` the class `index [...]` is."""
+    return class_numbers(like, index.dtype) == index[..., None]

@@ -1,0 +1,78 @@
+"""Computations that take another form where they are compiled for CPU, which is known when a program is lowered.
+
+XLA's CPU compiler fuses little: it runs plain sums of exponentials through a fast library kernel, computes the rows'
+numbers anew for every class that reads them, and is slow wherever arrays do not stay in the cache. Compilers for
+accelerators fuse everything into passes over the logits, and need no help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+Tree = TypeVar("Tree")
+
+
+def written(tree: Tree) -> Tree:
+    """The arrays; on CPU they are written to memory, not computed anew by everything that reads them."""
+    return lax.platform_dependent(tree, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def on_one_cpu(own: Callable[..., Tree], elsewhere: Callable[..., Tree], likes: Tree, operands: Any) -> Tree:
+    """`own(likes, operands)` on a single CPU device, or in one's part of a `shard_map`, and `elsewhere(...)` otherwise.
+
+    What works on chunks of rows would gather them if they were on several devices. All operands have the same leading
+    axes, or 1 in their place: those of a batch are put before them. `likes` are of the types of the results.
+    """
+    leaves, tree = jax.tree.flatten((likes, operands))
+    results = _choice_p.bind(*leaves, tree=tree, own=own, elsewhere=elsewhere)
+    return jax.tree.unflatten(jax.tree.structure(likes), results)
+
+
+_choice_p = Primitive("on_one_cpu")
+_choice_p.multiple_results = True
+
+
+def _own(*leaves: Any, tree: Any, own: Callable, elsewhere: Callable) -> list[Any]:
+    return jax.tree.leaves(own(*jax.tree.unflatten(tree, leaves)))
+
+
+def _elsewhere(*leaves: Any, tree: Any, own: Callable, elsewhere: Callable) -> list[Any]:
+    return jax.tree.leaves(elsewhere(*jax.tree.unflatten(tree, leaves)))
+
+
+def _results(*leaves: Any, tree: Any, **_: Any) -> list[Any]:
+    return jax.tree.leaves(jax.tree.unflatten(tree, leaves)[0])
+
+
+def _lower_for_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+    form = _own if _on_one_device(ctx.module_context.axis_context) else _elsewhere
+    return mlir.lower_fun(form, multiple_results=True)(ctx, *operands, **params)
+
+
+def _on_one_device(context: Any) -> bool:
+    if (mesh := getattr(context, "mesh", None)) is not None:
+        return set(mesh.axis_names) <= set(context.manual_axes)
+    return getattr(context, "num_devices", 1) == 1
+
+
+def _batch(leaves: Any, axes: Any, *, tree: Any, **params: Any) -> tuple[list[Any], list[int]]:
+    (size,) = {x.shape[axis] for x, axis in zip(leaves, axes, strict=True) if axis is not None}
+    moved = [x[None] if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(leaves, axes, strict=True)]
+    likes, operands = jax.tree.unflatten(tree, moved)
+    likes = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape[1:])), likes)
+    results = _choice_p.bind(*jax.tree.leaves((likes, operands)), tree=tree, **params)
+    return results, [0] * len(results)
+
+
+_choice_p.def_impl(_elsewhere)
+_choice_p.def_abstract_eval(_results)
+batching.primitive_batchers[_choice_p] = _batch
+mlir.register_lowering(_choice_p, mlir.lower_fun(_elsewhere, multiple_results=True))
+mlir.register_lowering(_choice_p, _lower_for_cpu, platform="cpu")

@@ -1,0 +1,306 @@
+"""The record of a row, from its logits: the sums, exact, and in the form that each platform's compiler does fast.
+
+**One class left out.** The plain sum of e_j = exp(z_j − max) holds the 1 of the maximum, beside which small terms lose
+their digits: a confident row would have loss 0 and gradient 0. For a label, it is the sum of all the other classes that
+matters, and its class is left out by its number:
+
+    rest = Σ_{j≠y} e_j + expm1(z_y − max)
+
+is exact where the label has the maximum; elsewhere, rest is not small beside the loss. The logit of the label is
+set to −inf for it, so that the sum is the plain sum of exponentials that compilers know.
+
+**The maximum left out.** Other targets may have several classes, and the entropy all of them. No term is told apart by
+being equal to the maximum: a compiler that computes the logits anew for each pass may round them differently. So the
+terms are summed in two parts, low = min(e, max(3 − 4e, 0)) and high = e − low: up to e = 0.6 all of a term is low,
+from 0.75 on all of it is high. If both together are below 1.5 then the maximum is the only high term and Σ low is
+`rest`; otherwise it is Σ low + (Σ high − 1), and Σ high − 1 is 0 or no smaller than what it could be off.
+
+**On CPU** XLA runs a sum of exponentials through a fast library kernel if nothing else reads them, and writes all other
+expressions to memory. In chunks of rows that stay in the cache that costs hardly anything. Chunks would be gathered on
+one device if the rows are on several, which is known when the program is lowered: then it is the form of the other
+platforms, which fuse everything into passes over the logits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from jaxce.lookup import compared, gathered, is_class, pick, put, scattered
+from jaxce.on_cpu import on_one_cpu
+from jaxce.sharding import explicitly_sharded, mask_like
+from jaxce.stats import Gap, RowStats, Spec, shift, times, working_dtype
+
+# On CPU: numbers in a chunk, 4 MB of float32. 512 x 50257 takes 0.28 of optax's time, 1.5 times that in one piece
+# (benchmarks/results/dense-cpu.json).
+_CHUNK = 2**20
+# And up to here a product with a vector of ones is a faster sum, of what is no more than a chunk in all. It adds one
+# number after the other: in longer rows the last digits would be lost (6 ε for 1000 classes, 47 ε for 50257).
+_SHORT = 128
+
+
+class Rows(NamedTuple):
+    """Rows of logits `[..., V]`, and what else their sums depend on, of the same number of axes.
+
+    left_out: the class to leave out, `[..., 1]`, perhaps not among these; None: one that has the maximum.
+    """
+
+    logits: Array
+    left_out: Array | None = None
+    probs: Array | None = None
+    smoothing_weights: Array | None = None
+    where: Array | None = None
+
+
+def row_stats(
+    logits: Array,
+    spec: Spec,
+    indices: Array | None = None,
+    probs: Array | None = None,
+    smoothing_weights: Array | None = None,
+    where: Array | None = None,
+    keep: bool = False,
+) -> RowStats:
+    """The record of `logits [..., V]`, which are capped and masked by `where` first.
+
+    keep: `exponentials_for_gradient` will be called for the same logits.
+    """
+    label = left_out(spec, indices)
+    if smoothing_weights is not None:
+        smoothing_weights = smoothing_weights.reshape((1,) * (logits.ndim - 1) + smoothing_weights.shape)
+    stats = _sums(spec, keep, Rows(logits, label, probs, smoothing_weights, where))
+    if stats.smoothing is not None and stats.smoothing.mass is None:
+        every = jnp.full_like(stats.rest, logits.shape[-1])
+        stats = stats._replace(smoothing=stats.smoothing._replace(mass=every))
+    if label is not None:
+        return stats._replace(picked=stats.picked[..., None])
+    if indices is None:
+        return stats
+    return stats._replace(picked=pick(effective(spec, logits, where), indices).astype(stats.max.dtype))
+
+
+def left_out(spec: Spec, indices: Array | None) -> Array | None:
+    """The class that the sums of each row leave out by its number, `[..., 1]`; None if it is one with the maximum."""
+    return None if indices is None or indices.shape[-1] > 1 or spec.entropy else indices
+
+
+def effective(spec: Spec, logits: Array, where: Array | None) -> Array:
+    """The logits that the softmax sees: capped, then masked. Without either they keep their dtype."""
+    if spec.logit_softcap is not None:
+        logits = logits.astype(working_dtype(logits.dtype))
+        logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
+    return logits if where is None else jnp.where(mask_like(where, logits), logits, -jnp.inf)
+
+
+def smoothing_distribution(like: Array, dtype: DTypeLike, weights: Array | None, where: Array | None) -> Array:
+    """The (unnormalised) weight that smoothing gives each class, shaped and sharded as `like`."""
+    v = jnp.ones_like(like, dtype)
+    if weights is not None:
+        v = v * jnp.broadcast_to(weights, like.shape)
+    return v if where is None else v * where.astype(dtype)
+
+
+@jax.custom_jvp
+def exponentials(logits: Array, maximum: Array) -> Array:
+    """exp(z − max) in the working dtype: the expression of the forward pass, so that a compiler can share it."""
+    return jnp.exp(logits.astype(maximum.dtype) - shift(maximum)[..., None])
+
+
+# `max` only fixes where the other numbers are measured from, so it is a constant of all derivatives. And what is not
+# finite has none: it must not turn a zero cotangent into NaN on the way back.
+
+
+@exponentials.defjvp
+def _exponentials_jvp(primals, tangents):
+    e = exponentials(*primals)
+    return e, jnp.where(jnp.isfinite(e), e, 0) * tangents[0].astype(e.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def exponentials_for_gradient(spec: Spec, again: bool, rows: Rows, maximum: Array) -> Array:
+    """exp(z − max) in the working dtype, but 0 where that is NaN, and anything at the class that is left out.
+
+    again: the maximum is that of these logits, and `row_stats` was to keep them. On CPU it is the very expression of
+    the forward pass then, which the compiler finds in memory if it compiles both.
+    """
+
+    def own(like: Array, operands: tuple[Rows, Array]) -> Array:
+        rows, _ = operands
+        if not _keeps(rows.logits):
+            return elsewhere(like, operands)
+        e = _written_exponentials(spec, rows)[2]
+        return jnp.where(e >= 0, e, 0)
+
+    def elsewhere(like: Array, operands: tuple[Rows, Array]) -> Array:
+        rows, maximum = operands
+        z = effective(spec, rows.logits, rows.where)
+        # Not a select by rows, which takes three times as long on CPU.
+        e = jnp.where(z.astype(maximum.dtype) - maximum[..., None] < 1, exponentials(z, maximum), 0)
+        return jnp.broadcast_to(e, like.shape)
+
+    like = rows.logits.astype(maximum.dtype)
+    if not again or explicitly_sharded(rows.logits):
+        return elsewhere(like, (rows, maximum))
+    return on_one_cpu(own, elsewhere, like, (rows, maximum))
+
+
+@exponentials_for_gradient.defjvp
+def _exponentials_for_gradient_jvp(spec, again, primals, tangents):
+    rows, maximum = primals
+    e = exponentials_for_gradient(spec, again, rows, maximum)
+    dz = jax.jvp(lambda x: effective(spec, x, rows.where), (rows.logits,), (tangents[0].logits,))[1]
+    return e, e * dz.astype(e.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sums(spec: Spec, keep: bool, rows: Rows) -> RowStats:
+    """The record, with `picked` the logit that is left out, and without the mass of uniform smoothing."""
+    if explicitly_sharded(rows.logits):
+        return _fused(spec, rows)
+    like = rows.logits[..., 0].astype(working_dtype(rows.logits.dtype))
+    uniform = rows.smoothing_weights is None and rows.where is None
+    likes = RowStats(
+        max=like,
+        rest=like,
+        picked=None if rows.left_out is None else like,
+        target=None if rows.probs is None else Gap(like, like),
+        smoothing=Gap(like, None if uniform else like) if spec.smoothing else None,
+        spread=like if spec.entropy else None,
+    )
+
+    def elsewhere(likes: RowStats, rows: Rows) -> RowStats:
+        return jax.tree.map(lambda like, x: jnp.broadcast_to(x, like.shape), likes, _fused(spec, rows))
+
+    return on_one_cpu(functools.partial(_on_cpu, spec, keep), elsewhere, likes, rows)
+
+
+@_sums.defjvp
+def _sums_jvp(spec, keep, primals, tangents):
+    stats = _sums(spec, keep, *primals)
+
+    def plainly(rows: Rows) -> RowStats:
+        z = effective(spec, rows.logits, rows.where)
+        return _record(spec, rows, z, stats.max, jnp.sum(exponentials(z, stats.max), -1), jnp.sum)
+
+    return stats, jax.jvp(plainly, primals, tangents)[1]
+
+
+def _record(spec: Spec, rows: Rows, z: Array, maximum: Array, rest: Array, add: Any, take: Any = pick) -> RowStats:
+    """The other sums of rows with effective logits `z`. `add` sums up the last axis, `take` is a form of `pick`."""
+
+    def below() -> Array:
+        """max − z: not negative, and inf at −inf."""
+        return shift(maximum)[..., None] - z.astype(maximum.dtype)
+
+    def gap(weights: Array) -> Gap:
+        return Gap(add(times(weights.astype(maximum.dtype), below()), -1), add(weights.astype(maximum.dtype), -1))
+
+    target = smoothing = spread = None
+    if rows.probs is not None:
+        target = gap(rows.probs)
+    if spec.smoothing and rows.smoothing_weights is None and rows.where is None:
+        smoothing = Gap(add(below(), -1), None)
+    elif spec.smoothing:
+        smoothing = gap(smoothing_distribution(z, maximum.dtype, rows.smoothing_weights, rows.where))
+    if spec.entropy:
+        # exp(−inf)·inf must count as 0: with a finite stand-in for the distance it does.
+        distance = jnp.minimum(below(), jnp.finfo(maximum.dtype).max)
+        spread = add(jnp.exp(-distance) * distance, -1)
+    picked = None if rows.left_out is None else take(z, rows.left_out)[..., 0].astype(maximum.dtype)
+    return RowStats(maximum, rest, picked, target, smoothing, spread)
+
+
+def _fused(spec: Spec, rows: Rows) -> RowStats:
+    """For compilers that fuse: passes over the logits, the first of which finds the maximum and the label's logit."""
+    z = effective(spec, rows.logits, rows.where)
+    if rows.left_out is None:
+        maximum = jnp.max(z, -1).astype(working_dtype(z.dtype))
+        rest = _without_maximum(exponentials(z, maximum), jnp.sum)
+    else:
+        z_label = _label_or_nothing(z, rows.left_out, compared)
+        others = jnp.where(is_class(z, rows.left_out[..., 0]), -jnp.inf, z)
+        maximum = jnp.maximum(jnp.max(others, -1).astype(z_label.dtype), z_label)
+        rest = jnp.sum(exponentials(others, maximum), -1) + jnp.expm1(z_label - shift(maximum))
+    return _record(spec, rows, z, maximum, rest, jnp.sum, compared)
+
+
+def _label_or_nothing(z: Array, label: Array, take: Any) -> Array:
+    """The label's logit in the working dtype; −inf if it is not one of these classes."""
+    present = ((label >= 0) & (label < z.shape[-1]))[..., 0]
+    return jnp.where(present, take(z, label)[..., 0].astype(working_dtype(z.dtype)), -jnp.inf)
+
+
+def _without_maximum(e: Array, add: Any) -> Array:
+    """`rest`; of no class at all it is 0 − 1."""
+    low = jnp.minimum(e, jnp.maximum(3 - 4 * e, 0))
+    low, high = add(low, -1), add(e - low, -1)
+    return jnp.where((low + high >= 0.5) & (low + high < 1.5), low, low + (high - 1))
+
+
+# --- on CPU ---------------------------------------------------------------------------------------------------------
+
+
+def _on_cpu(spec: Spec, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
+    like, V = likes.max, rows.logits.shape[-1]
+    N = like.size
+
+    def flat(x: Array | None, shared: bool) -> Array | None:
+        if x is None or (shared and x.size == x.shape[-1]):  # one row for all
+            return x if x is None else x.reshape(1, -1)
+        return jnp.broadcast_to(x, (*like.shape, x.shape[-1])).reshape(N, x.shape[-1])
+
+    def step(i: Array, stats: RowStats) -> RowStats:
+        start = jnp.minimum(i * size, N - size)  # the last rows may be worked on twice
+        part = Rows(*(x if x is None or len(x) == 1 else lax.dynamic_slice_in_dim(x, start, size) for x in rows))
+        new = _of_chunk(spec, part)
+        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), stats, new)
+
+    rows = Rows(*(flat(x, shared=i > 1) for i, x in enumerate(rows)))
+    chunks = 1 if keep and _keeps(rows.logits) else -(-N // max(_CHUNK // V, 1))
+    if chunks <= 1:
+        stats = _of_chunk(spec, rows)
+    else:
+        size = -(-N // chunks)
+        stats = lax.fori_loop(0, chunks, step, jax.tree.map(lambda x: x.reshape(N), likes))
+    return jax.tree.map(lambda x: x.reshape(like.shape), stats)
+
+
+def _of_chunk(spec: Spec, rows: Rows) -> RowStats:
+    def add(x: Array, axis: int) -> Array:
+        if x.shape[axis] <= _SHORT and x.size <= _CHUNK:
+            return jnp.matmul(lax.optimization_barrier(x), jnp.ones(x.shape[axis], x.dtype), precision="highest")
+        return jnp.sum(x, axis)
+
+    z, maximum, e = _written_exponentials(spec, rows)
+    if rows.left_out is None:
+        rest = _without_maximum(e, add)
+    else:
+        z_label = _label_or_nothing(z, rows.left_out, gathered)
+        rest = add(e, -1) + jnp.expm1(z_label - shift(maximum))
+    return _record(spec, rows, z, maximum, rest, add, gathered)
+
+
+def _written_exponentials(spec: Spec, rows: Rows) -> tuple[Array, Array, Array]:
+    """Effective logits, their maximum, and exp(z − max) in memory, 0 at the class that is left out."""
+    z = effective(spec, rows.logits, rows.where)
+    if z is not rows.logits:  # or each sum would cap them anew, and might round them differently
+        z = lax.optimization_barrier(z)
+    maximum = jnp.max(z, -1).astype(working_dtype(z.dtype))
+    e = exponentials(z, maximum)
+    if rows.left_out is not None:
+        e = (put if z.shape[-1] <= _SHORT else scattered)(e, rows.left_out, jnp.zeros_like(e[..., :1]))
+    return z, maximum, lax.optimization_barrier(e)
+
+
+def _keeps(logits: Array) -> bool:
+    """Whether the backward pass should find the exponentials of the forward pass in memory, rather than compute them.
+
+    In the working dtype they are where the gradient will be. Others would take more memory, and twice the time beyond
+    what the cache holds.
+    """
+    return logits.dtype == working_dtype(logits.dtype) or logits.size <= _CHUNK

@@ -1,0 +1,152 @@
+"""The sums of a row in each of their forms, against float64, and what the compiled programs do."""
+
+from __future__ import annotations
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from oracle import assert_within
+
+import jaxce
+from jaxce import sums
+from jaxce.stats import RowStats, Spec
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+def in_chunks(spec: Spec, rows: sums.Rows) -> RowStats:
+    like = jnp.zeros(rows.logits.shape[:-1], jnp.float32)
+    return sums._on_cpu(spec, False, RowStats(like, like, None if rows.left_out is None else like), rows)
+
+
+FORMS = {"fused": sums._fused, "chunks": in_chunks}
+
+
+@pytest.fixture(params=["fused", "short", "one chunk", "chunks"])
+def form(request, monkeypatch):
+    """Each form that a program may have, for rows of a few classes."""
+    if request.param in ("one chunk", "chunks"):
+        monkeypatch.setattr(sums, "_SHORT", 0)
+    if request.param == "chunks":
+        monkeypatch.setattr(sums, "_CHUNK", 100)
+    return FORMS.get(request.param, in_chunks)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_the_sum_without_one_class(rng, form, label):
+    """On both sides of every threshold; the label has the maximum, or there is none."""
+    share = np.linspace(0.004, 1, 250)[:, None]
+    below = np.concatenate([np.broadcast_to(share, (250, k)) * rng.uniform(0.99, 1, (250, k)) for k in (1, 2, 3)], -1)
+    for classes in (1, 3, 6):
+        top = rng.uniform(-3, 3, (250, 1))
+        logits = np.concatenate([top + np.log(below[:, :classes]), top], -1).astype(np.float32)
+        logits = np.concatenate([logits, np.full_like(logits[:1], -np.inf)])
+        labels = jnp.full((251, 1), classes) if label else None
+        stats = jax.jit(form, static_argnums=0)(Spec(), sums.Rows(jnp.asarray(logits), labels))
+        assert_within(stats.max, logits.max(-1), np.zeros(251), "max")
+        assert stats.rest[-1] == -1
+        exact = np.expm1(oracle.softmax(oracle.lift(logits[:-1])).log_sum)
+        assert_within(stats.rest[:-1], exact, 4 * EPS * exact, f"rest of {classes + 1} classes")
+
+
+@pytest.mark.parametrize("v", [10, 128, 1025, 32769, 131072])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sums_of_every_length(rng, v, dtype):
+    """As compiled for this machine: rows that are short and long, in one chunk and in several."""
+    n = 2 if v > 100_000 else 2**20 // v + 2
+    logits = 3 * rng.standard_normal((n, v)).astype(np.float32)
+    logits[::2, 1] = 40
+    logits = jnp.asarray(logits, dtype)
+    labels = rng.integers(0, v, n)
+    labels[::4] = 1
+    probs = rng.dirichlet(np.ones(8), n).astype(np.float32)
+    probs = jnp.asarray(np.pad(probs, ((0, 0), (0, v - 8))))
+    spec = Spec(smoothing=True)
+    by_label = jax.jit(lambda z, y: sums.row_stats(z, spec, y[:, None]))(logits, jnp.asarray(labels))
+    by_probs = jax.jit(lambda z, t: sums.row_stats(z, spec._replace(entropy=True), None, t))(logits, probs)
+    z = np.asarray(logits).astype(np.float64)
+    exact = oracle.softmax(z)
+    rest = np.expm1(exact.log_sum)
+    # All of these are sums of positive numbers, in parts. And max − z is rounded before its exponential is taken.
+    of_sums, e = 16 * EPS, np.exp(-exact.below)
+    rounded = EPS * (e * exact.below).sum(-1)
+    sure = labels == np.argmax(z, -1)
+    assert_within(by_label.rest, rest, of_sums * np.where(sure, rest, 1 + rest) + rounded, "rest, label")
+    assert_within(by_probs.rest, rest, of_sums * rest + rounded, "rest, maximum")
+    assert_within(by_label.picked[:, 0], z[np.arange(n), labels], np.zeros(n), "picked")
+    t = np.asarray(probs, np.float64)
+    for name, got, terms in (
+        ("smoothing", by_label.smoothing.sum, exact.below),
+        ("smoothing", by_probs.smoothing.sum, exact.below),
+        ("target", by_probs.target.sum, t * exact.below),
+        ("mass", by_probs.target.mass, t),
+        ("spread", by_probs.spread, e * exact.below),
+    ):
+        assert_within(got, terms.sum(-1), of_sums * terms.sum(-1) + EPS * (e * exact.below**2).sum(-1), name)
+    chex.assert_trees_all_equal(by_label.smoothing.mass, jnp.full(n, v, jnp.float32))
+
+
+ROWS = (517, 2053)  # about a million numbers: in one piece it would be no chunk at all
+
+
+def loss_of_rows(z, y):
+    return jaxce.softmax_cross_entropy(z, y)
+
+
+def text(f, *args) -> str:
+    return jax.jit(f).lower(*args).compile().as_text()
+
+
+def arguments(rng) -> tuple[jax.Array, jax.Array]:
+    n, v = ROWS
+    return jnp.asarray(rng.standard_normal(ROWS), jnp.float32), jnp.asarray(rng.integers(0, v, n))
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (1, 0)])
+def test_vmap_works_on_all_rows_in_chunks(rng, axes):
+    """A loss of one row, lifted to many, is the loss of many rows."""
+    z, y = arguments(rng)
+    if axes[1] is None:
+        z, y = z[:, None], y[:1]
+    if axes[0]:
+        z = z.T
+    f = jax.vmap(loss_of_rows, in_axes=axes)
+    assert "while" in text(f, z, y)
+    rows = z.T if axes[0] else z
+    expected = loss_of_rows(rows.reshape(-1, ROWS[1]), jnp.broadcast_to(y.reshape(-1), ROWS[0]))
+    np.testing.assert_array_equal(f(z, y).reshape(-1), expected)
+
+
+def test_rows_on_several_devices_stay_where_they_are(rng):
+    """In chunks, rows would be gathered first: Auto sharding has none, and each device of a shard_map has its own."""
+    z, y = (x[:512] for x in arguments(rng))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("x"))
+    compiled = text(lambda z, y: loss_of_rows(z, y), jax.device_put(z, split), jax.device_put(y, split))
+    assert not re.search(r"all-gather|all-to-all|collective-permute|while", compiled)
+    z, y = (jnp.concatenate([x] * 8) for x in (z, y))
+    mapped = jax.shard_map(loss_of_rows, mesh=mesh, in_specs=jax.P("x"), out_specs=jax.P("x"))
+    compiled = text(mapped, z, y)
+    assert "while" in compiled
+    assert not re.search(r"all-gather|all-to-all|collective-permute", compiled)
+    np.testing.assert_array_equal(jax.jit(mapped)(z, y), loss_of_rows(z, y))
+
+
+@pytest.mark.parametrize("shape", [(4096, 10), (517, 2053), (64, 50257)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_memory(shape, gradient):
+    """No more than optax, and a chunk."""
+    z, y = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+
+    def temporary(loss) -> int:
+        f = jax.value_and_grad(lambda z, y: loss(z, y).mean()) if gradient else loss
+        return jax.jit(f).lower(z, y).compile().memory_analysis().temp_size_in_bytes
+
+    theirs = temporary(optax.softmax_cross_entropy_with_integer_labels)
+    assert temporary(loss_of_rows) <= theirs + 4 * sums._CHUNK + 64 * shape[0]
