@@ -346,8 +346,8 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     rows = [r for r in results["rows"] if r["gradient"]]
     cases = [c for c in CASES if any(r["case"] == c for r in rows)]
     shapes = list(dict.fromkeys((r["n"], r["v"]) for r in rows))
-    size = {"figsize": (11, 9), "sharex": True, "sharey": True, "layout": "constrained"}
-    figure, axes = plt.subplots(len(REGIMES), len(DTYPES), **size)
+    panels = len(REGIMES), len(DTYPES)
+    figure, axes = plt.subplots(*panels, figsize=(11, 9), sharex=True, sharey=True, layout="constrained")
     for (i, regime), (j, dtype) in itertools.product(enumerate(REGIMES), enumerate(DTYPES)):
         axis = axes[i][j]
         for k, case in enumerate(cases):
