@@ -147,7 +147,9 @@ def compare(
     compiled = {name: measure.first_call(wrap(getattr(case, name)), *some) for name in ("jaxce", "optax")}
     rows = {}
     for regime, args in data.items():
-        runs = {name: functools.partial(_blocking, program, args) for name, (program, _) in compiled.items()}
+        runs: dict[str, Callable[[], Any]] = {
+            name: functools.partial(_blocking, program, args) for name, (program, _) in compiled.items()
+        }
         if case.torch and (run := torch_run(case.torch, args, gradient)):
             runs["torch"] = run
         times = measure.interleaved(runs, seconds)
@@ -236,7 +238,9 @@ def eager_calls(seconds: float) -> dict[str, Any]:
     """An eager call of the integer loss, 128 x 10, compiled by an earlier one."""
     args = inputs(SHAPES[0], jnp.float32, "trained")
     case = CASES["integer"]
-    runs = {name: functools.partial(_blocking, getattr(case, name), args) for name in ("jaxce", "optax")}
+    runs: dict[str, Callable[[], Any]] = {
+        name: functools.partial(_blocking, getattr(case, name), args) for name in ("jaxce", "optax")
+    }
     times = measure.interleaved(runs, seconds)
     return {
         "ratio": measure.median_ratio(times["jaxce"], times["optax"]),

@@ -15,9 +15,9 @@ from 0.75 on all of it is high. If both together are below 1.5 then the maximum 
 `rest`; otherwise it is Σ low + (Σ high − 1), and Σ high − 1 is 0 or no smaller than what it could be off.
 
 **On CPU** XLA is fast where it adds up what is in memory, through a library kernel, and slow where it has to compute
-what it adds up. So the exponentials are written to memory, and the one at the label is set to 0 there; in chunks of rows
-that stay in the cache that costs hardly anything. If a gradient is wanted and will be as large as they are, they are
-written where the gradient will be: it is computed from them in place. Chunks would be gathered on one device if the
+what it adds up. So the exponentials are written to memory, and the one at the label is set to 0 there; in chunks of
+rows that stay in the cache that costs hardly anything. If a gradient is wanted and will be as large as they are, they
+are written where the gradient will be: it is computed from them in place. Chunks would be gathered on one device if the
 rows are on several, which is known when a program is lowered: then it is the form of the other platforms.
 """
 
@@ -36,8 +36,8 @@ from jaxce.on_cpu import on_one_cpu
 from jaxce.sharding import explicitly_sharded, mask_like
 from jaxce.stats import Gap, RowStats, Spec, shift, times, working_dtype
 
-# Numbers in a chunk, 4 MB of float32. Loss of 256 x 32768, time relative to chunks of 4 MB: 16 MB 1.5, one piece 3; 1 MB
-# is as good.
+# Numbers in a chunk, 4 MB of float32. The loss of 256 x 32768 takes 1.5 times as long in chunks of 16 MB, 3 times as
+# long in one piece, and no less in chunks of 1 MB.
 _CHUNK = 2**20
 # In rows of up to so many classes the label is found by comparing class numbers, which is faster there than an address;
 # and they are added up by a product with a vector of ones, 1.3 times as fast with 10 classes. It adds one number after

@@ -150,3 +150,17 @@ def test_memory(shape, gradient):
 
     theirs = temporary(optax.softmax_cross_entropy_with_integer_labels)
     assert temporary(loss_of_rows) <= theirs + 4 * sums._CHUNK + 64 * shape[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"logit_softcap": 30.0}, {"where": True}])
+@pytest.mark.parametrize("shape", [(300, 10), (517, 2053)])
+def test_the_gradient_computes_no_exponential_again(rng, options, shape):
+    """It is made in place from those of the forward pass, if one program has both."""
+    z = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    y = jnp.asarray(rng.integers(0, shape[1], shape[0]))
+    if "where" in options:
+        options = {"where": jnp.arange(shape[1]) % 7 > 0}
+    f = jax.value_and_grad(lambda z: jaxce.softmax_cross_entropy(z, y, reduction="sum", **options))
+    whole = "f32[{},{}]".format(*shape)
+    exponentials = re.findall(rf"= {re.escape(whole)}\S* exponential\(", text(f, z))
+    assert len(exponentials) == 1
