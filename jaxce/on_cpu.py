@@ -7,6 +7,7 @@ accelerators fuse everything into passes over the logits, and need no help.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,7 +22,8 @@ Tree = TypeVar("Tree")
 
 def written(tree: Tree) -> Tree:
     """The arrays; on CPU they are written to memory, not computed anew by everything that reads them."""
-    return lax.platform_dependent(tree, cpu=lax.optimization_barrier, default=lambda x: x)
+    barriers = functools.partial(jax.tree.map, lax.optimization_barrier)  # one for all would make their types alike
+    return lax.platform_dependent(tree, cpu=barriers, default=lambda x: x)
 
 
 def on_one_cpu(own: Callable[..., Tree], elsewhere: Callable[..., Tree], likes: Tree, operands: Any) -> Tree:

@@ -262,10 +262,10 @@ def _on_cpu(spec: Spec, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
         return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), stats, new)
 
     rows = Rows(*(flat(x, shared=i > 1) for i, x in enumerate(rows)))
-    chunks = 1 if keep and _keeps(rows.logits) else -(-N // max(_CHUNK // V, 1))
-    if chunks <= 1:
+    if _is_small(rows.logits) or not isinstance(N, int) or (keep and _keeps(rows.logits)):
         stats = _of_chunk(spec, rows)
     else:
+        chunks = -(-N // max(_CHUNK // V, 1))
         size = -(-N // chunks)
         stats = lax.fori_loop(0, chunks, step, jax.tree.map(lambda x: x.reshape(N), likes))
     return jax.tree.map(lambda x: x.reshape(like.shape), stats)
@@ -273,7 +273,7 @@ def _on_cpu(spec: Spec, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
 
 def _of_chunk(spec: Spec, rows: Rows) -> RowStats:
     def add(x: Array, axis: int) -> Array:
-        if x.shape[axis] <= _SHORT and x.size <= _CHUNK:
+        if x.shape[axis] <= _SHORT and _is_small(x):
             return jnp.matmul(lax.optimization_barrier(x), jnp.ones(x.shape[axis], x.dtype), precision="highest")
         return jnp.sum(x, axis)
 
@@ -298,10 +298,15 @@ def _written_exponentials(spec: Spec, rows: Rows) -> tuple[Array, Array, Array]:
     return z, maximum, lax.optimization_barrier(e)
 
 
+def _is_small(x: Array) -> bool:
+    """Whether it is no more than a chunk; false if its size is a symbol, as in a program that is exported."""
+    return isinstance(x.size, int) and x.size <= _CHUNK
+
+
 def _keeps(logits: Array) -> bool:
     """Whether the backward pass should find the exponentials of the forward pass in memory, rather than compute them.
 
     In the working dtype they are where the gradient will be. Others would take more memory, and twice the time beyond
     what the cache holds.
     """
-    return logits.dtype == working_dtype(logits.dtype) or logits.size <= _CHUNK
+    return logits.dtype == working_dtype(logits.dtype) or _is_small(logits)
