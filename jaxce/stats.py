@@ -32,7 +32,8 @@ class RowStats(NamedTuple):
     """The record of one row (all fields have the batch shape, `picked` has one more axis, K).
 
     max: largest logit; −inf if the row holds nothing but −inf.
-    rest: Σ exp(z − max) without one maximal entry; −1 where max is −inf, so that `1 + rest` is always the sum.
+    rest: Σ exp(z − max) without one maximal entry; −1 where max is −inf, so that `1 + rest` is always the sum. For rows
+      with one label, it has digits of its own only where the label has the maximum: then the loss needs them.
     picked: the logits at the K target indices; 0 where an index is not among these classes.
     target: the gap under probability targets.
     smoothing: the gap under the uniform (or class-weighted) smoothing distribution.
