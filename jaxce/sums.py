@@ -24,6 +24,7 @@ rows are on several, which is known when a program is lowered: then it is the fo
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -134,8 +135,8 @@ def exponentials_for_gradient(spec: Spec, again: bool, rows: Rows, maximum: Arra
         rows, _ = operands
         if not _keeps(rows.logits):
             return elsewhere(like, operands)
-        e = _written_exponentials(spec, rows)[2]
-        return jnp.where(e >= 0, e, 0)
+        e = _written_exponentials(spec, _flat(rows, like.shape[:-1]))[2]
+        return jnp.where(e >= 0, e, 0).reshape(like.shape)
 
     def elsewhere(like: Array, operands: tuple[Rows, Array]) -> Array:
         rows, maximum = operands
@@ -247,13 +248,9 @@ def _without_maximum(e: Array, add: Any) -> Array:
 
 
 def _on_cpu(spec: Spec, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
-    like, V = likes.max, rows.logits.shape[-1]
-    N = like.size
-
-    def flat(x: Array | None, shared: bool) -> Array | None:
-        if x is None or (shared and x.size == x.shape[-1]):  # one row for all
-            return x if x is None else x.reshape(1, -1)
-        return jnp.broadcast_to(x, (*like.shape, x.shape[-1])).reshape(N, x.shape[-1])
+    like = likes.max
+    rows = _flat(rows, like.shape)
+    N, V = rows.logits.shape
 
     def step(i: Array, stats: RowStats) -> RowStats:
         start = jnp.minimum(i * size, N - size)  # the last rows may be worked on twice
@@ -261,7 +258,6 @@ def _on_cpu(spec: Spec, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
         new = _of_chunk(spec, part)
         return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), stats, new)
 
-    rows = Rows(*(flat(x, shared=i > 1) for i, x in enumerate(rows)))
     if _is_small(rows.logits) or not isinstance(N, int) or (keep and _keeps(rows.logits)):
         stats = _of_chunk(spec, rows)
     else:
@@ -269,6 +265,17 @@ def _on_cpu(spec: Spec, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
         size = -(-N // chunks)
         stats = lax.fori_loop(0, chunks, step, jax.tree.map(lambda x: x.reshape(N), likes))
     return jax.tree.map(lambda x: x.reshape(like.shape), stats)
+
+
+def _flat(rows: Rows, batch: tuple[int, ...]) -> Rows:
+    """The same with one leading axis. What is the same for all rows keeps a single row, but for the first two."""
+
+    def flat(x: Array | None, shared: bool) -> Array | None:
+        if x is None or (shared and all(n == 1 for n in x.shape[:-1])):
+            return None if x is None else x.reshape(1, x.shape[-1])
+        return jnp.broadcast_to(x, (*batch, x.shape[-1])).reshape(math.prod(batch), x.shape[-1])
+
+    return Rows(*(flat(x, shared=i > 1) for i, x in enumerate(rows)))
 
 
 def _of_chunk(spec: Spec, rows: Rows) -> RowStats:

@@ -153,14 +153,13 @@ def test_memory(shape, gradient):
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"logit_softcap": 30.0}, {"where": True}])
-@pytest.mark.parametrize("shape", [(300, 10), (517, 2053)])
+@pytest.mark.parametrize("shape", [(300, 10), (11, 47, 2053)])
 def test_the_gradient_computes_no_exponential_again(rng, options, shape):
     """It is made in place from those of the forward pass, if one program has both."""
     z = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    y = jnp.asarray(rng.integers(0, shape[1], shape[0]))
+    y = jnp.asarray(rng.integers(0, shape[-1], shape[:-1]))
     if "where" in options:
-        options = {"where": jnp.arange(shape[1]) % 7 > 0}
+        options = {"where": jnp.arange(shape[-1]) % 7 > 0}
     f = jax.value_and_grad(lambda z: jaxce.softmax_cross_entropy(z, y, reduction="sum", **options))
-    whole = "f32[{},{}]".format(*shape)
-    exponentials = re.findall(rf"= {re.escape(whole)}\S* exponential\(", text(f, z))
+    exponentials = re.findall(rf"= f32\[[0-9,]*{shape[-1]}\]\S* exponential\(", text(f, z))
     assert len(exponentials) == 1
