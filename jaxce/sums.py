@@ -133,7 +133,7 @@ def exponentials_for_gradient(spec: Spec, again: bool, rows: Rows, maximum: Arra
 
     def own(like: Array, operands: tuple[Rows, Array]) -> Array:
         rows, _ = operands
-        if not _keeps(rows.logits):
+        if not _keeps(spec, rows):
             return elsewhere(like, operands)
         e = _written_exponentials(spec, _flat(rows, like.shape[:-1]))[2]
         return jnp.where(e >= 0, e, 0).reshape(like.shape)
@@ -258,7 +258,7 @@ def _on_cpu(spec: Spec, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
         new = _of_chunk(spec, part)
         return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), stats, new)
 
-    if _is_small(rows.logits) or not isinstance(N, int) or (keep and _keeps(rows.logits)):
+    if _is_small(rows.logits) or not isinstance(N, int) or (keep and _keeps(spec, rows)):
         stats = _of_chunk(spec, rows)
     else:
         chunks = -(-N // max(_CHUNK // V, 1))
@@ -310,10 +310,12 @@ def _is_small(x: Array) -> bool:
     return isinstance(x.size, int) and x.size <= _CHUNK
 
 
-def _keeps(logits: Array) -> bool:
+def _keeps(spec: Spec, rows: Rows) -> bool:
     """Whether the backward pass should find the exponentials of the forward pass in memory, rather than compute them.
 
-    In the working dtype they are where the gradient will be. Others would take more memory, and twice the time beyond
-    what the cache holds.
+    The gradient of a label's loss is made of them in place, where it is of their dtype. Elsewhere they would take
+    memory of their own, and more time, beyond what the cache holds.
     """
-    return logits.dtype == working_dtype(logits.dtype) or _is_small(logits)
+    z = rows.logits
+    in_place = rows.left_out is not None and not spec.smoothing and z.dtype == working_dtype(z.dtype)
+    return in_place or _is_small(z)
