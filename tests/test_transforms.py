@@ -498,4 +498,4 @@ def test_smoothing_forms_no_target_distribution(rows, classes):
     """A smoothed integer label is two numbers of a row, never a [N, V] array of them."""
     shapes = (jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32))
     loss = lambda z, y: softmax_cross_entropy(z, y, label_smoothing=0.1, reduction="mean")  # noqa: E731
-    assert temporary_bytes(loss, *shapes) < CHUNK + rows * classes * 4 / 50
+    assert temporary_bytes(loss, *shapes) < 2 * CHUNK + rows * classes * 4 / 50
