@@ -63,11 +63,6 @@ def first_call(f: Callable, *args: Any) -> tuple[Callable, dict[str, float]]:
     return program, {"first_call_s": time.perf_counter() - start, **figures}
 
 
-def compiling(f: Callable, *args: Any) -> dict[str, float]:
-    """What compiling `f` takes, in seconds, and the temporary bytes that the program needs."""
-    return compiled(f, *args)[1]
-
-
 def environment(*packages: str) -> dict[str, Any]:
     """Versions and machine, for a results file."""
     versions = {}

@@ -71,8 +71,7 @@ def test_predicted_memory_for_narrow_floats(mode, dtype, kind):
     arrays = shapes(1000, 64, 8000, dtype, kind)
     plan = plan_linear_cross_entropy(*arrays, reduction="mean", mode=mode)
     needed = compiled_temp_bytes(arrays, reduction="mean", mode=mode)
-    # Which casts are written out depends on the version of XLA, and the sums take a chunk, not an array of their own.
-    assert needed <= plan.temp_bytes <= 5 * needed
+    assert needed <= plan.temp_bytes <= 4 * needed  # which casts are written out depends on the version of XLA
 
 
 @pytest.mark.parametrize("budget", [100_000_000, 20_000_000, 5_000_000, 2_500_000])

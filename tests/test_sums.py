@@ -25,9 +25,6 @@ def in_chunks(spec: Spec, rows: sums.Rows) -> RowStats:
     return sums._on_cpu(spec, False, RowStats(like, like, None if rows.left_out is None else like), rows)
 
 
-FORMS = {"fused": sums._fused, "chunks": in_chunks}
-
-
 @pytest.fixture(params=["fused", "short", "one chunk", "chunks"])
 def form(request, monkeypatch):
     """Each form that a program may have, for rows of a few classes."""
@@ -35,7 +32,7 @@ def form(request, monkeypatch):
         monkeypatch.setattr(sums, "_SHORT", 0)
     if request.param == "chunks":
         monkeypatch.setattr(sums, "_CHUNK", 100)
-    return FORMS.get(request.param, in_chunks)
+    return sums._fused if request.param == "fused" else in_chunks
 
 
 @pytest.mark.parametrize("label", [True, False])

@@ -239,6 +239,8 @@ def _recompute_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> i
 
 
 def _store_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
+    if _in_one(p, block_n, block_v):  # which is computed as in the other mode
+        return _recompute_bytes(p, platform, block_n, block_v)
     rows = block_n + p.N % max(block_n, 1)  # the block that is left at the end has memory of its own
     sums = 0 if p.kernel == p.working else p.D * p.V * p.working.itemsize
     skips = block_n < p.N and (p.weights or p.options.ignore_index is not None)
