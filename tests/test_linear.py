@@ -33,7 +33,7 @@ BLOCK_N, BLOCK_V = 4, 6
 @contextlib.contextmanager
 def blocks(mode: str, block_n: int = BLOCK_N, block_v: int = BLOCK_V):
     """Every loss is computed in this mode and in these blocks."""
-    plan = plans.LinearPlan(mode, block_n, block_v, 0, 0, 0, 0, "cpu")
+    plan = plans.LinearPlan((N, D, V), mode, block_n, block_v, 0, 0, 0, 0, "cpu")
     with mock.patch.object(plans, "make_plan", return_value=plan):
         yield
 

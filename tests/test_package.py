@@ -19,12 +19,14 @@ import jaxce
 
 PUBLIC = {
     "CrossEntropyAux",
+    "LinearPlan",
     "SparseTargets",
     "cross_entropy_from_probs",
     "linear_cross_entropy",
     "plan_linear_cross_entropy",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
+    "tune_linear_cross_entropy",
 }
 FUNCTIONS = {
     name: function

@@ -15,6 +15,7 @@ from jaxce import checks
 from jaxce.compose import CrossEntropyAux, Options, applied_weights, checked_options, unused_examples
 from jaxce.linear import blocks, mesh, rule
 from jaxce.linear import plan as plans
+from jaxce.linear.plan import LinearPlan
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, targets_of, vary_by_kind
 from jaxce.sharding import explicit_mesh
 from jaxce.softmax import loss_of_logits
@@ -55,6 +56,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
     implementation: str | None = None,
     mode: str | None = None,
     memory_budget: int | None = None,
+    plan: LinearPlan | None = None,
     precision: Any = None,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy of the logits `hidden @ kernel + bias`, without ever holding the logits.
@@ -93,6 +95,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
         platform that is compiled for, and the shapes.
       memory_budget: bytes that loss and gradient may take beyond arguments and results; blocks are made smaller until
         they fit. See `jaxce.plan_linear_cross_entropy`.
+      plan: mode and blocks as `jaxce.tune_linear_cross_entropy` found them fastest, in place of `mode` and
+        `memory_budget`; for these tokens, features and classes.
       precision: of the matmuls, as in `jax.lax.dot_general`.
 
     Returns:
@@ -134,6 +138,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
         "implementation": implementation,
         "mode": mode,
         "memory_budget": memory_budget,
+        "plan": plan,
         "precision": precision,
     }
     if (explicit := explicit_mesh(hidden, kernel)) is not None:
@@ -141,15 +146,15 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
             if arguments[name] is not None:
                 hint = "Types say how hidden states and kernel are split; or name every axis in a shard_map."
                 checks.fail(ValueError, name, "None on a mesh with Explicit axes", repr(arguments[name]), hint)
-        _checked(**arguments | {"memory_budget": None})  # a budget is for each device
+        _checked(**arguments | {"memory_budget": None, "plan": None})  # these are for each device
         return mesh.over_mesh(linear_cross_entropy, explicit, arguments)
-    tokens, shared, options, schedules, _ = _checked(**arguments)
+    tokens, shared, options, schedules, *_ = _checked(**arguments)
     return _loss(tokens, shared, options=options, schedules=schedules)
 
 
 def plan_linear_cross_entropy(
     hidden: Any, kernel: Any, targets: Any, *, platform: str | None = None, **options: Any
-) -> plans.LinearPlan:
+) -> LinearPlan:
     r"""What `jaxce.linear_cross_entropy` will do with the same arguments: mode, block sizes, memory, operations.
 
     For N tokens of D features and V classes the matmuls of loss and gradients take
@@ -183,19 +188,24 @@ def plan_linear_cross_entropy(
       The block sizes and the defaults of `jaxce.linear.plan` come from measurements and from compiled programs.
     """
     checks.one_of("platform", platform, (None, *plans.PLATFORMS))
-    given = {"hidden": hidden, "kernel": kernel, "targets": targets, "platform": platform, **options}
-    is_array = {name: all(map(_has_shape, jax.tree.leaves(x))) and x is not None for name, x in given.items()}
-    constants = {name: x for name, x in given.items() if not is_array[name]}
-    made = []
-    jax.eval_shape(
-        lambda arrays: made.append(_checked(**arrays, **constants)[-1]),
-        {name: x for name, x in given.items() if is_array[name]},
-    )
-    return made[0]
+    problem = problem_of(hidden=hidden, kernel=kernel, targets=targets, **options)
+    chosen = options.get("plan"), options.get("mode"), options.get("memory_budget")
+    return chosen[0] or plans.make_plan(problem, platform or plans.chip()[0], *chosen[1:])
 
 
-def _has_shape(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+def problem_of(**arguments: Any) -> plans.Problem:
+    """What a plan depends on, from arrays or `jax.ShapeDtypeStruct`."""
+    arrays = {name: x for name, x in arguments.items() if is_described(x)}
+    constants = {name: x for name, x in arguments.items() if name not in arrays}
+    found: list[plans.Problem] = []
+    jax.eval_shape(lambda arrays: found.append(_checked(**arrays, **constants)[-1]), arrays)
+    return found[0]
+
+
+def is_described(x: Any) -> bool:
+    """Whether it has arrays, or what describes arrays, and nothing else."""
+    leaves = jax.tree.leaves(x)
+    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
 
 
 def _checked(
@@ -209,10 +219,10 @@ def _checked(
     ignore_index: int | None = None,
     mode: str | None = None,
     memory_budget: int | None = None,
+    plan: LinearPlan | None = None,
     precision: Any = None,
-    platform: str | None = None,
     **options: Any,
-) -> tuple[Tokens, Shared, Options, blocks.Schedules, plans.LinearPlan]:
+) -> tuple[Tokens, Shared, Options, blocks.Schedules, plans.Problem]:
     hidden = checks.float_array("hidden", hidden)
     kernel = checks.float_array("kernel", kernel)
     *batch, D = hidden.shape
@@ -233,6 +243,7 @@ def _checked(
     checks.split_over("hidden", hidden, constants.batch_axis_name, "tokens")
     _check_mode(mode, memory_budget, constants)
     N = math.prod(batch)
+    _check_plan(plan, (N, D, V), mode, memory_budget, constants)
     if not isinstance(N, int) and (mode == "store" or memory_budget is not None):
         name, x = ("mode", mode) if mode == "store" else ("memory_budget", memory_budget)
         hint = "Blocks of tokens cannot be chosen while exporting with a symbolic batch."
@@ -255,11 +266,10 @@ def _checked(
         class_weights=amounts.class_weights is not None,
         mask_per_token=where is not None and any(n != 1 for n in where.shape[:-1]),
     )
-    schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget)
-    plan = plans.make_plan(problem, platform or plans.chip()[0], mode, memory_budget)
+    schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget, plan)
     tokens = Tokens(hidden, by_kind.indices, by_kind.probs, amounts.weights, where)
     shared = Shared(kernel, bias, amounts.class_weights, amounts.label_smoothing, amounts.z_loss)
-    return tokens, shared, constants, schedules, plan
+    return tokens, shared, constants, schedules, problem
 
 
 def _check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
@@ -274,6 +284,24 @@ def _check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
     if options.implementation == "autodiff" and (mode, memory_budget) != (None, None):
         hint = "It holds all the logits; leave mode and memory_budget out."
         checks.fail(ValueError, "implementation", "'xla' with a mode or a memory budget", "'autodiff'", hint)
+
+
+def _check_plan(plan: Any, shape: tuple[Any, ...], mode: str | None, memory_budget: Any, options: Options) -> None:
+    if plan is None:
+        return
+    if not isinstance(plan, LinearPlan):
+        checks.fail(TypeError, "plan", "None or a jaxce.LinearPlan", checks.describe(plan))
+    if (mode, memory_budget) != (None, None):
+        given = f"mode={mode!r}, memory_budget={memory_budget!r}"
+        checks.fail(ValueError, "plan", "None with a mode or a memory budget", given, "A plan has a mode and blocks.")
+    if plan.shape != shape:
+        hint = "Make one for these arguments."
+        checks.fail(ValueError, "plan", f"one for N, D, V = {shape}", f"one for {plan.shape}", hint)
+    if plan.mode == "store" and options.reduction == "none":
+        hint = "Reduce in the loss, reduction='sum' for instance, or make a plan for reduction='none'."
+        checks.fail(ValueError, "plan", "mode 'recompute' for reduction='none'", repr(plan.mode), hint)
+    if options.implementation == "autodiff":
+        checks.fail(ValueError, "implementation", "'xla' with a plan", "'autodiff'", "It holds all the logits.")
 
 
 @functools.partial(jax.jit, static_argnames=("options", "schedules"))

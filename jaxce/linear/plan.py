@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -46,6 +47,7 @@ _TOKENS = 8192  # assumed where their number is a symbol
 _KEPT = 2**26  # logits of a block of tokens, "store"; more of them are summed up faster, but take more memory
 _MOST_TOKENS, _FEWEST_TOKENS = 1024, 256
 _KEPT_BLOCK = 2**21  # the part of them that is worked on at once
+_LARGER, _TRIED = 4, 6  # where measuring begins, and how many sizes of blocks it tries, each about half of another
 _KEPT_WHOLE = 2**24  # all of them at once up to here: without slices of the kernel, and never written twice
 
 
@@ -90,10 +92,30 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
+class Timing:
+    """What `jaxce.tune_linear_cross_entropy` saw of one plan.
+
+    Attributes:
+      mode, block_n, block_v: as in `LinearPlan`.
+      seconds: of a loss and its gradients, the median; None if it was not timed to the end.
+      runs: how many there were.
+      note: why there are no more of them, if it was not among the fastest.
+    """
+
+    mode: str
+    block_n: int
+    block_v: int
+    seconds: float | None
+    runs: int
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class LinearPlan:
     """How `jaxce.linear_cross_entropy` will compute a loss and its gradients.
 
     Attributes:
+      shape: tokens, features and classes (N, D, V) that it was made for.
       mode: `"recompute"` or `"store"`.
       block_n: tokens in a block ("store"; all of them otherwise).
       block_v: classes in a block ("recompute", and "store" where no gradient is wanted).
@@ -105,8 +127,17 @@ class LinearPlan:
       logits_bytes: what the logits alone would take in the working dtype.
       flops: floating-point operations of the matmuls of loss and gradient.
       platform: the platform it was made for.
+      timings: what was measured of it and of other plans, the fastest first; empty if it was not chosen by measuring.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> hidden, kernel = jax.ShapeDtypeStruct((64, 32), jnp.float32), jax.ShapeDtypeStruct((32, 1000), jnp.float32)
+      >>> plan = jaxce.plan_linear_cross_entropy(hidden, kernel, jax.ShapeDtypeStruct((64,), jnp.int32))
+      >>> jaxce.LinearPlan.from_json(plan.to_json()) == plan
+      True
     """
 
+    shape: tuple[int, int, int]
     mode: str
     block_n: int
     block_v: int
@@ -115,6 +146,22 @@ class LinearPlan:
     logits_bytes: int
     flops: int
     platform: str
+    timings: tuple[Timing, ...] = ()
+
+    def to_json(self) -> str:
+        """The plan as text, to keep beside a training run."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> LinearPlan:
+        """The plan that `to_json` wrote."""
+        try:
+            fields = json.loads(text)
+            timings = tuple(Timing(**timing) for timing in fields.pop("timings"))
+            return cls(**fields | {"shape": tuple(fields["shape"]), "timings": timings})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            hint = f"Make a new one with this version of jaxce ({error!r})."
+            checks.fail(ValueError, "text", "what LinearPlan.to_json returned", f"{text[:40]!r}", hint)
 
     def __str__(self) -> str:
         blocks = f"{self.block_n:,} tokens" if self.mode == "store" else f"{self.block_v:,} classes"
@@ -124,19 +171,35 @@ class LinearPlan:
             f"extra memory  {_megabytes(self.temp_bytes)} for loss and gradient; the logits would be "
             f"{_megabytes(self.logits_bytes)}\n"
             f"kept          {_megabytes(self.kept_bytes)} from the loss for its gradient\n"
-            f"matmuls       {_count(self.flops / 1e9)} GFLOP"
+            f"matmuls       {_count(self.flops / 1e9)} GFLOP" + self._measured()
         )
+
+    def _measured(self) -> str:
+        if not self.timings:
+            return ""
+        lines = ["chosen        by timing loss and gradients", f"  {'mode':<10}    tokens   classes          ms  runs"]
+        for t in self.timings:
+            milliseconds = "-" if t.seconds is None else f"{t.seconds * 1e3:,.2f}"
+            lines.append(
+                f"  {t.mode:<10}  {t.block_n:8,}  {t.block_v:8,}  {milliseconds:>10}  {t.runs:4}  {t.note}".rstrip()
+            )
+        return "".join(f"\n{line}" for line in lines)
 
 
 def make_schedules(
-    problem: Problem, vocab_axis: int, precision: Any, mode: str | None, memory_budget: int | None
+    problem: Problem,
+    vocab_axis: int,
+    precision: Any,
+    mode: str | None,
+    memory_budget: int | None,
+    plan: LinearPlan | None,
 ) -> Schedules:
-    """What is done on each platform: its plan, and what is known of its compiler."""
+    """What is done on each platform: its plan, or the given one, and what is known of its compiler."""
     here, kind = chip()
     cpu, tpu, gpu = (
         _schedule(
             problem,
-            make_plan(problem, platform, mode, memory_budget),
+            plan or make_plan(problem, platform, mode, memory_budget),
             Schedule(vocab_axis, precision, widens=platform == "cpu", transposes=platform == "cpu"),
             kind if platform == here else "",
         )
@@ -185,16 +248,26 @@ def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: 
     return next((plan for plan in candidates if plan.temp_bytes <= memory_budget), smallest)
 
 
+def alternatives(problem: Problem, platform: str, mode: str | None, memory_budget: int | None) -> list[LinearPlan]:
+    """Plans worth timing: the default first; then, of each mode, blocks from four times the preferred size down."""
+    found = [make_plan(problem, platform, mode, memory_budget)]
+    for each in MODES if mode is None else (mode,):
+        if each == "recompute" or problem.options.reduction != "none":
+            of_mode = _plans(problem, each, platform, _LARGER)
+            found += [plan for plan in of_mode if memory_budget is None or plan.temp_bytes <= memory_budget][:_TRIED]
+    return list(dict.fromkeys(found))
+
+
 @functools.lru_cache(maxsize=256)  # for calls that are not compiled into anything
-def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
-    """Plans of one mode from the preferred block size down."""
+def _plans(problem: Problem, mode: str, platform: str, scale: int = 1) -> list[LinearPlan]:
+    """Plans of one mode from `scale` times the preferred block size down."""
     N, V = problem.N, problem.V
     if mode == "recompute":
         tokens = max(N, 1) if isinstance(N, int) else _TOKENS
         target = min((_CPU_BLOCK if platform == "cpu" else _BLOCK) // tokens, _KERNEL_BLOCK // max(problem.D, 1))
-        blocks = [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES), _LANES)]
+        blocks = [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES) * scale, _LANES)]
     else:
-        sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1), 8)
+        sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1) * scale, 8)
         part = [
             V if problem.plain and n * V <= _KEPT_WHOLE else max(_KEPT_BLOCK // max(n, 1), 4 * _LANES) for n in sizes
         ]
@@ -202,6 +275,7 @@ def _plans(problem: Problem, mode: str, platform: str) -> list[LinearPlan]:
     bytes_of = _recompute_bytes if mode == "recompute" else _store_bytes
     return [
         LinearPlan(
+            shape=(N, problem.D, V),
             mode=mode,
             block_n=block_n,
             block_v=block_v,

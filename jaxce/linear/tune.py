@@ -1,0 +1,203 @@
+"""The fastest plan of the linear loss on the device at hand, found by timing."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxce import checks
+from jaxce.linear import is_described, linear_cross_entropy, problem_of
+from jaxce.linear import plan as plans
+from jaxce.linear.plan import LinearPlan, Timing
+
+_SLOW = 1.25  # times the fastest so far: such a plan is not timed again
+_NOISE = 1.03  # times the fastest: the default is as good as that
+
+
+def tune_linear_cross_entropy(
+    hidden: Any,
+    kernel: Any,
+    targets: Any,
+    *,
+    seconds: float = 10.0,
+    mode: str | None = None,
+    memory_budget: int | None = None,
+    **options: Any,
+) -> LinearPlan:
+    r"""The plan that `jaxce.linear_cross_entropy` is fastest with, on the device that this process runs on.
+
+    Compiles the loss and its gradients in hidden states and kernel in each mode, for blocks of several sizes, and times
+    the programs in turn, seconds :math:`t_i` in round i:
+
+    .. math:: \operatorname{argmin}_{\text{plan}} \operatorname{median}_i\, t_i(\text{plan})
+
+    What runs out of memory or takes longer than another by a quarter is left out of later rounds, and the default is
+    chosen unless another is faster by 3 %.
+
+    Nothing is remembered: give the result to the loss, `linear_cross_entropy(..., plan=plan)`, and keep it in a file
+    with `LinearPlan.to_json` if it is to be used again.
+
+    Args:
+      hidden, kernel, targets: as there, of one device's size; arrays or `jax.ShapeDtypeStruct`, in place of which
+        random numbers are used.
+      seconds: how long to time programs, roughly; each runs twice at least, and compiling comes on top.
+      mode, memory_budget: as there, to choose from fewer plans. Programs that are found to need more than the budget
+        are left out as well.
+      options: as there.
+
+    Returns:
+      A `LinearPlan`; `print` shows what was measured.
+
+    Raises:
+      TypeError, ValueError: what `jaxce.linear_cross_entropy` would raise.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxce
+      >>> hidden = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+      >>> kernel = jax.ShapeDtypeStruct((32, 1000), jnp.float32)
+      >>> labels = jax.ShapeDtypeStruct((64,), jnp.int32)
+      >>> plan = jaxce.tune_linear_cross_entropy(hidden, kernel, labels, mode="recompute", seconds=0.1)
+      >>> plan.shape
+      (64, 32, 1000)
+
+    Note:
+      Timings are of loss and gradient alone; within a training step what else the program does may change the order.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float, np.number)) or not seconds > 0:
+        checks.fail(ValueError, "seconds", "a number above 0", checks.describe(seconds))
+    arguments = {"hidden": hidden, "kernel": kernel, "targets": targets, **options}
+    for name in "axis_name", "batch_axis_name", "plan":
+        if arguments.get(name) is not None:
+            hint = "Tune with what one device gets, and use the plan inside the shard_map."
+            checks.fail(ValueError, name, "None", repr(arguments[name]), hint)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
+        checks.fail(TypeError, "hidden", "arrays or jax.ShapeDtypeStruct", "a tracer", "Tune outside of jit.")
+    problem = problem_of(**arguments, mode=mode, memory_budget=memory_budget)
+    found = plans.alternatives(problem, plans.chip()[0], mode, memory_budget)
+    default = found[0]
+    arrays = _made(arguments, problem)
+    constants = {name: x for name, x in arguments.items() if name not in arrays}
+    notes, programs = {}, {}
+    for plan in _with_progress("compiling", found):
+        compiled = _compiled(plan, arrays, constants)
+        if isinstance(compiled, str):
+            notes[plan] = compiled
+        elif memory_budget is not None and compiled.memory_analysis().temp_size_in_bytes > memory_budget:
+            notes[plan] = "needs more than the budget"
+        else:
+            programs[plan] = compiled
+    times = _timed(programs, arrays, seconds, notes)
+    if not times:
+        reasons = "; ".join(sorted(set(notes.values())))
+        checks.fail(ValueError, "hidden", "arguments of which one plan can run here", reasons, "Try fewer tokens.")
+    medians = {plan: statistics.median(values) for plan, values in times.items()}
+    in_race = [plan for plan in times if plan not in notes]
+    best = min(in_race, key=medians.__getitem__)
+    if default in in_race and medians[default] <= _NOISE * medians[best]:
+        best = default
+    timings = [
+        Timing(p.mode, p.block_n, p.block_v, medians.get(p), len(times.get(p, ())), notes.get(p, "")) for p in found
+    ]
+    timings.sort(key=lambda t: (t.seconds is None, bool(t.note), t.seconds or 0))
+    return dataclasses.replace(best, timings=tuple(timings))
+
+
+def _made(arguments: dict[str, Any], problem: plans.Problem) -> dict[str, Any]:
+    """The arrays among the arguments, with random numbers where they are only described."""
+    rng = np.random.default_rng(0)
+
+    def array(name: str, x: Any) -> Any:
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return jnp.asarray(x)
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return jnp.asarray(rng.integers(0, problem.V, x.shape), x.dtype)
+        if name in ("hidden", "kernel"):
+            size = 1 if name == "hidden" else 1 / np.sqrt(problem.D)
+            return jnp.asarray(rng.standard_normal(x.shape, np.float32) * np.float32(size), x.dtype)
+        return jnp.full(x.shape, 1 / max(x.shape[-1], 1) if name == "targets" else 1, x.dtype)
+
+    return {
+        name: jax.tree.map(lambda leaf, name=name: array(name, leaf), x)
+        for name, x in arguments.items()
+        if is_described(x)
+    }
+
+
+def _compiled(plan: LinearPlan, arrays: dict[str, Any], constants: dict[str, Any]) -> Any:
+    """The program of loss and gradients, or why there is none."""
+
+    def total(hidden: Any, kernel: Any, rest: dict[str, Any]) -> Any:
+        result = linear_cross_entropy(hidden, kernel, **rest, **constants, plan=plan)
+        loss, aux = result if isinstance(result, tuple) else (result, None)
+        return jnp.sum(loss), aux
+
+    rest = {name: x for name, x in arrays.items() if name not in ("hidden", "kernel")}
+    gradient = jax.value_and_grad(total, (0, 1), has_aux=True)
+    try:
+        return jax.jit(gradient).lower(arrays["hidden"], arrays["kernel"], rest).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """Why a program cannot run, if that is for want of memory; anything else is a fault."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return "out of memory"
+
+
+def _timed(
+    programs: dict[LinearPlan, Any], arrays: dict[str, Any], seconds: float, notes: dict[LinearPlan, str]
+) -> dict[LinearPlan, list[float]]:
+    """Seconds of each run of each program, in turn; why one has no more of them is written to `notes`."""
+    rest = {name: x for name, x in arrays.items() if name not in ("hidden", "kernel")}
+    times: dict[LinearPlan, list[float]] = {}
+
+    def run(plan: LinearPlan) -> float | None:
+        start = time.perf_counter()
+        try:
+            jax.block_until_ready(programs[plan](arrays["hidden"], arrays["kernel"], rest))
+        except jax.errors.JaxRuntimeError as error:
+            notes[plan] = _reason(error)
+            return None
+        return time.perf_counter() - start
+
+    for plan in _with_progress("warming up", list(programs)):
+        run(plan)
+    end = time.perf_counter() + seconds
+    for i in _with_progress("timing", range(50), end):
+        racing = [plan for plan in programs if plan not in notes]
+        for plan in racing if i % 2 == 0 else reversed(racing):
+            if (taken := run(plan)) is not None:
+                times.setdefault(plan, []).append(taken)
+        if i == 0:
+            continue
+        medians = {plan: statistics.median(times[plan]) for plan in racing if plan not in notes}
+        for plan, median in medians.items():
+            if median > _SLOW * min(medians.values()):
+                notes[plan] = "slower"
+    return times
+
+
+def _with_progress(what: str, items: Any, end: float | None = None) -> Iterator[Any]:
+    """The items, at least two of them but no more once it is `end`; a bar on a terminal shows how far it is."""
+    shown, start = sys.stderr.isatty(), time.perf_counter()
+    for i, item in enumerate(items):
+        if end is not None and i >= 2 and time.perf_counter() > end:
+            break
+        done = i / len(items)
+        if end is not None:
+            done = max(done, min((time.perf_counter() - start) / (end - start), 1))
+        if shown:
+            print(f"\r{what:<12}[{'#' * int(30 * done):<30}]", end="", file=sys.stderr, flush=True)
+        yield item
+    if shown:
+        print("\r" + " " * 44 + "\r", end="", file=sys.stderr, flush=True)
