@@ -68,7 +68,7 @@ def mesh_of(devices: Any, shape: tuple[int, int]) -> Mesh:
 # --- compiled for TPU slices ----------------------------------------------------------------------------------------
 
 
-def tpu_row(slice_: str, shape: tuple[int, int], v: int) -> dict[str, Any]:
+def tpu_row(slice_: str, shape: tuple[int, int], v: int, losses: tuple[str, ...] = tuple(LOSSES)) -> dict[str, Any]:
     """What each program needs for bfloat16 `[N, D] @ [D, V]`, N tokens for each part of the batch."""
     mesh = mesh_of(topologies.get_topology_desc(platform="tpu", topology_name=slice_).devices, shape)
 
@@ -82,7 +82,7 @@ def tpu_row(slice_: str, shape: tuple[int, int], v: int) -> dict[str, Any]:
         struct((n,), jnp.int32, LABELS),
     )
     figures: dict[str, Any] = {}
-    for name in LOSSES:
+    for name in losses:
         with tpu.uncached():
             compiled = program(name, mesh, *args)
         text = compiled.as_text()
