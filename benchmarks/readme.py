@@ -285,6 +285,7 @@ def language_model_table(results: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
     "dense": (dense_table, "dense-cpu.json"),
+    "dense-newest-jax": (dense_table, "newest-jax/dense-cpu.json"),
     "dense-tpu": (dense_tpu_table, "dense-cpu.json"),
     "linear": (linear_table, "linear-cpu.json"),
     "linear-newest-jax": (linear_table, "newest-jax/linear-cpu.json"),
