@@ -44,6 +44,7 @@ ORDER = [
     "jaxce.linear.plan",
     "jaxce.linear.mesh",
     "jaxce.linear",
+    "jaxce.linear.tune",
     "jaxce.probs",
     "jaxce.diagnostics.chance",
     "jaxce.diagnostics.outcomes",
