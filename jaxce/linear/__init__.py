@@ -189,23 +189,27 @@ def plan_linear_cross_entropy(
     """
     checks.one_of("platform", platform, (None, *plans.PLATFORMS))
     problem = problem_of(hidden=hidden, kernel=kernel, targets=targets, **options)
-    chosen = options.get("plan"), options.get("mode"), options.get("memory_budget")
-    return chosen[0] or plans.make_plan(problem, platform or plans.chip()[0], *chosen[1:])
+    platform = platform or plans.chip()[0]
+    mode, memory_budget = options.get("mode"), options.get("memory_budget")
+    return options.get("plan") or plans.make_plan(problem, platform, mode, memory_budget)
 
 
 def problem_of(**arguments: Any) -> plans.Problem:
     """What a plan depends on, from arrays or `jax.ShapeDtypeStruct`."""
-    arrays = {name: x for name, x in arguments.items() if is_described(x)}
-    constants = {name: x for name, x in arguments.items() if name not in arrays}
+    arrays, constants = arrays_and_constants(arguments)
     found: list[plans.Problem] = []
     jax.eval_shape(lambda arrays: found.append(_checked(**arrays, **constants)[-1]), arrays)
     return found[0]
 
 
-def is_described(x: Any) -> bool:
-    """Whether it has arrays, or what describes arrays, and nothing else."""
-    leaves = jax.tree.leaves(x)
-    return bool(leaves) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+def arrays_and_constants(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments that are arrays, or trees of them, or only describe arrays; and the others."""
+    arrays = {
+        name: x
+        for name, x in arguments.items()
+        if (leaves := jax.tree.leaves(x)) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+    }
+    return arrays, {name: x for name, x in arguments.items() if name not in arrays}
 
 
 def _checked(

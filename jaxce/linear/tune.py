@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxce import checks
-from jaxce.linear import is_described, linear_cross_entropy, problem_of
+from jaxce.linear import arrays_and_constants, linear_cross_entropy, problem_of
 from jaxce.linear import plan as plans
 from jaxce.linear.plan import LinearPlan, Timing
 
@@ -83,18 +83,19 @@ def tune_linear_cross_entropy(
     problem = problem_of(**arguments, mode=mode, memory_budget=memory_budget)
     found = plans.alternatives(problem, plans.chip()[0], mode, memory_budget)
     default = found[0]
-    arrays = _made(arguments, problem)
-    constants = {name: x for name, x in arguments.items() if name not in arrays}
+    arrays, constants = arrays_and_constants(arguments)
+    rest = _made(arrays, problem)
+    given = {name: rest.pop(name) for name in ("hidden", "kernel")}, rest
     notes, programs = {}, {}
     for plan in _with_progress("compiling", found):
-        compiled = _compiled(plan, arrays, constants)
+        compiled = _compiled(plan, given, constants)
         if isinstance(compiled, str):
             notes[plan] = compiled
         elif memory_budget is not None and compiled.memory_analysis().temp_size_in_bytes > memory_budget:
             notes[plan] = "needs more than the budget"
         else:
             programs[plan] = compiled
-    times = _timed(programs, arrays, seconds, notes)
+    times = _timed(programs, given, seconds, notes)
     if not times:
         reasons = "; ".join(sorted(set(notes.values())))
         checks.fail(ValueError, "hidden", "arguments of which one plan can run here", reasons, "Try fewer tokens.")
@@ -110,8 +111,8 @@ def tune_linear_cross_entropy(
     return dataclasses.replace(best, timings=tuple(timings))
 
 
-def _made(arguments: dict[str, Any], problem: plans.Problem) -> dict[str, Any]:
-    """The arrays among the arguments, with random numbers where they are only described."""
+def _made(arrays: dict[str, Any], problem: plans.Problem) -> dict[str, Any]:
+    """The arrays, with random numbers where they are only described."""
     rng = np.random.default_rng(0)
 
     def array(name: str, x: Any) -> Any:
@@ -124,25 +125,19 @@ def _made(arguments: dict[str, Any], problem: plans.Problem) -> dict[str, Any]:
             return jnp.asarray(rng.standard_normal(x.shape, np.float32) * np.float32(size), x.dtype)
         return jnp.full(x.shape, 1 / max(x.shape[-1], 1) if name == "targets" else 1, x.dtype)
 
-    return {
-        name: jax.tree.map(lambda leaf, name=name: array(name, leaf), x)
-        for name, x in arguments.items()
-        if is_described(x)
-    }
+    return {name: jax.tree.map(lambda leaf, name=name: array(name, leaf), x) for name, x in arrays.items()}
 
 
-def _compiled(plan: LinearPlan, arrays: dict[str, Any], constants: dict[str, Any]) -> Any:
+def _compiled(plan: LinearPlan, given: tuple[dict[str, Any], dict[str, Any]], constants: dict[str, Any]) -> Any:
     """The program of loss and gradients, or why there is none."""
 
-    def total(hidden: Any, kernel: Any, rest: dict[str, Any]) -> Any:
-        result = linear_cross_entropy(hidden, kernel, **rest, **constants, plan=plan)
+    def total(hidden_and_kernel: dict[str, Any], rest: dict[str, Any]) -> Any:
+        result = linear_cross_entropy(**hidden_and_kernel, **rest, **constants, plan=plan)
         loss, aux = result if isinstance(result, tuple) else (result, None)
         return jnp.sum(loss), aux
 
-    rest = {name: x for name, x in arrays.items() if name not in ("hidden", "kernel")}
-    gradient = jax.value_and_grad(total, (0, 1), has_aux=True)
     try:
-        return jax.jit(gradient).lower(arrays["hidden"], arrays["kernel"], rest).compile()
+        return jax.jit(jax.value_and_grad(total, has_aux=True)).lower(*given).compile()
     except jax.errors.JaxRuntimeError as error:
         return _reason(error)
 
@@ -155,16 +150,18 @@ def _reason(error: Exception) -> str:
 
 
 def _timed(
-    programs: dict[LinearPlan, Any], arrays: dict[str, Any], seconds: float, notes: dict[LinearPlan, str]
+    programs: dict[LinearPlan, Any],
+    given: tuple[dict[str, Any], dict[str, Any]],
+    seconds: float,
+    notes: dict[LinearPlan, str],
 ) -> dict[LinearPlan, list[float]]:
     """Seconds of each run of each program, in turn; why one has no more of them is written to `notes`."""
-    rest = {name: x for name, x in arrays.items() if name not in ("hidden", "kernel")}
     times: dict[LinearPlan, list[float]] = {}
 
     def run(plan: LinearPlan) -> float | None:
         start = time.perf_counter()
         try:
-            jax.block_until_ready(programs[plan](arrays["hidden"], arrays["kernel"], rest))
+            jax.block_until_ready(programs[plan](*given))
         except jax.errors.JaxRuntimeError as error:
             notes[plan] = _reason(error)
             return None
