@@ -160,6 +160,13 @@ def compare(
     return {name: figures for name, (_, figures) in compiled.items()}, rows
 
 
+def add_options(command: argparse.ArgumentParser) -> None:
+    measure.add_options(command, seconds=0.5, smoke="the smallest shape, quickly, to see that it runs")
+    command.add_argument("--regime", nargs="+", choices=REGIMES, help="some kinds of logits only; writes no file")
+    command.add_argument("--cases", nargs="+", choices=CASES, help="some kinds of targets only; writes no file")
+    command.add_argument("--cells", nargs="+", metavar="NxV", help="some shapes only, 128x10 say; writes no file")
+
+
 def run(args: argparse.Namespace) -> None:
     console = Console(width=118)
     shapes, seconds = (SHAPES[:1], 0.05) if args.smoke else (SHAPES, args.seconds)

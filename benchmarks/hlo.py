@@ -42,6 +42,67 @@ def collective_bytes(text: str) -> int:
     return _total(text, size)
 
 
+_LAUNCHED = {"fusion", "custom-call", "dot", "reduce", "copy", "broadcast", "iota", "scatter", "gather", "sort"}
+_LAUNCHED |= {"concatenate", "pad", "transpose", "convert", "dynamic-slice", "dynamic-update-slice"}
+_LINE = re.compile(r"%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>[a-z][\w\-]*)\((?P<operands>.*?)\)(?=,|$)")
+
+
+def kernels(text: str) -> dict[str, int]:
+    """How many kernels a program compiled for a GPU launches, and the bytes that they read and write.
+
+    All operands and results count, in a cache or not; but of an array that a kernel reads a slice of, or writes one to,
+    only the slice.
+    """
+    computations, _ = _computations(text)
+    parsed = {
+        name: [found.groupdict() | {"operands": re.findall(r"%([\w.\-]+)", found["operands"])} for found in lines]
+        for name, body in computations.items()
+        if (lines := [found for line in body if (found := _LINE.search(line))])
+    }
+    shapes = {line["name"]: line["shape"] for lines in parsed.values() for line in lines}
+
+    def size(shape: str) -> int:
+        return sum(elements(x) * _BYTES.get(x.split("[")[0], 0) for x in re.findall(r"[a-z]\w*\[[\d,]*\]", shape))
+
+    def read(name: str, lines: list[dict[str, Any]]) -> int:
+        """Of an operand, in a fusion."""
+        total = 0
+        for line in lines:
+            if name in line["operands"]:
+                first = line["operands"][0] == name
+                if first and line["kind"] == "dynamic-slice":
+                    total += size(line["shape"])
+                elif line["kind"] == "bitcast":
+                    total += read(line["name"], lines)
+                elif not first or line["kind"] != "dynamic-update-slice":
+                    return size(shapes[name])
+        return total
+
+    def written(name: str, lines: dict[str, dict[str, Any]]) -> int:
+        line = lines[name]
+        if line["kind"] in ("bitcast", "tuple"):
+            return sum(written(x, lines) for x in line["operands"])
+        return size(shapes[line["operands"][1]] if line["kind"] == "dynamic-update-slice" else line["shape"])
+
+    def launched(line: str) -> bool:
+        found = _LINE.search(line)
+        return bool(found) and found["kind"] in _LAUNCHED and "AllocateBuffer" not in line
+
+    def moved(line: str) -> int:
+        if not launched(line):
+            return 0
+        found = _LINE.search(line)
+        called = re.search(r"calls=%?([\w.\-]+)", line)
+        if not called:
+            operands = re.findall(r"%([\w.\-]+)", found["operands"])
+            return size(found["shape"]) + sum(size(shapes[x]) for x in operands)
+        lines = parsed[called[1]]
+        parameters = [line["name"] for line in lines if line["kind"] == "parameter"]
+        return sum(read(x, lines) for x in parameters) + written(lines[-1]["name"], {x["name"]: x for x in lines})
+
+    return {"launches": _total(text, launched), "bytes": _total(text, moved)}
+
+
 def elements(shape: str) -> int:
     """How many elements `f32[8,2048]` has."""
     return math.prod(int(n) for n in shape.rstrip("]").split("[")[1].split(",") if n)

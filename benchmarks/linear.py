@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -240,6 +238,10 @@ def _half(figures: dict[str, Any]) -> float:
     return figures["jaxce store, half ignored"]["to_jaxce"] / figures["jaxce store"]["to_jaxce"]
 
 
+def add_options(command: argparse.ArgumentParser) -> None:
+    measure.add_options(command, seconds=3.0, smoke="tiny shapes, quickly, to see that it runs")
+
+
 def run(args: argparse.Namespace) -> None:
     console = Console(width=130)
     cells, seconds = (SMOKE_CELLS, 0.1) if args.smoke else (CELLS, args.seconds)
@@ -250,7 +252,6 @@ def run(args: argparse.Namespace) -> None:
         "summary": summarize(rows),
         "rows": rows,
         "tpu": tpu_rows(SMOKE_TPU_CELLS if args.smoke else TPU_CELLS),
-        "h100": h100_rows(args.h100_target_config),
     }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "linear-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -260,7 +261,7 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"wrote linear-cpu.json, linear-memory.png and linear-time.png to {args.output_dir}")
 
 
-# --- compiled for TPU and GPU ---------------------------------------------------------------------------------------
+# --- compiled for TPU ---------------------------------------------------------------------------------------
 
 TPU_SHAPE = (8192, 2048, 131072)
 TPU_LIBRARIES = ("jaxce", "optax", "tokamax chunked_xla")
@@ -325,26 +326,6 @@ def tpu_rows(cells: list[TpuCell]) -> list[dict[str, Any]]:
     return rows
 
 
-def h100_rows(target_config: pathlib.Path | None) -> list[dict[str, Any]] | str:
-    """Temporary memory of the same compiled for an H100: needs JAX's CUDA plugin and a description of the GPU."""
-    if target_config is None:
-        return "not compiled: no --h100-target-config"
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    try:
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=target_config.read_text(), topology="1x1x1"
-        )
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        return f"not installed: {str(error).splitlines()[0]}"
-    device = topology.devices[0]
-    one, rows = SingleDeviceSharding(device), []
-    for name in ("jaxce", "jaxce store", "optax"):
-        with tpu.told(device):
-            program = jax.jit(tpu_program(name, 1), in_shardings=one, out_shardings=one).lower(*tpu_inputs(1)).compile()
-        rows.append({"library": name, "temp_bytes": program.memory_analysis().temp_size_in_bytes})
-    return rows
-
-
 # --- tables and plots -----------------------------------------------------------------------------------------------
 
 
@@ -389,7 +370,6 @@ def show(console: Console, results: dict[str, Any]) -> None:
                 ratio = f"{f['cycles'] / theirs['cycles']:.2f}" if theirs else ""
                 table.add_row(*cell, f"{f['cycles'] / 1e6:.1f}", ratio, f"{f['temp_bytes'] / 1e6:.1f}")
         console.print(table)
-    console.print("compiled for an H100:", results["h100"])
     for reason in missing:
         console.print(f"not measured everywhere: {reason}", markup=False)
 

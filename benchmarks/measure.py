@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
+import pathlib
 import platform
 import statistics
 import time
@@ -13,6 +15,15 @@ from typing import Any
 
 import jax
 import numpy as np
+
+
+def add_options(command: argparse.ArgumentParser, seconds: float, smoke: str) -> None:
+    """What the benchmarks have in common."""
+    command.add_argument("--output-dir", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    command.add_argument(
+        "--seconds", type=float, default=seconds, help="time for each comparison (default: %(default)g)"
+    )
+    command.add_argument("--smoke", action="store_true", help=smoke)
 
 
 def interleaved(

@@ -125,9 +125,6 @@ def linear_table(results: dict[str, Any]) -> str:
             "",
             _cost_in_cycles(results["tpu"]),
         ]
-    if isinstance(results["h100"], list):
-        figures = ", ".join(f"{row['library']} {row['temp_bytes'] / 1e6:,.1f} MB" for row in results["h100"])
-        lines += ["", f"Compiled for an H100, the same shape, temporary memory: {figures}."]
     return "\n".join(lines)
 
 
@@ -198,6 +195,23 @@ def _cost_in_cycles(rows: list[dict[str, Any]]) -> str:
         if "optax" in row["figures"]
     ]
     return f"Not holding the logits costs {min(more):.0%} to {max(more):.0%} more cycles than optax's program."
+
+
+def gpu_table(results: dict[str, Any]) -> str:
+    """Programs compiled for an H100, beside the model."""
+    rows = []
+    for row in results["rows"]:
+        cells = [f"{row['temp_bytes'] / 1e6:,.0f} MB", f"{row['bytes'] / 1e9:.1f} GB", str(row["launches"])]
+        if "mode" not in row:
+            rows.append(["materialised logits", *cells, "", "", ""])
+            continue
+        blocks = f"{row['block_n']:,} tokens" if row["mode"] == "store" else f"{row['block_v']:,} classes"
+        name = f"{row['mode']}, {blocks}{' (default)' if row['default'] else ''}"
+        model = [f"{row['model_bytes'] / 1e9:.1f} GB", str(row["model_launches"]), f"{row['model_ms']:.1f} ms"]
+        rows.append([name, *cells, *model])
+    header = ["", "temporary memory", "bytes moved", "kernels", "bytes, model", "kernels, model", "time, model"]
+    shape = f"N = {results['n']}, D = {results['d']}, V = {results['v']}, {results['dtype']}"
+    return f"{shape}, jax {results['environment']['versions']['jax']}:\n\n{markdown(header, rows)}"
 
 
 def sharded_table(results: dict[str, Any]) -> str:
@@ -296,6 +310,7 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
         "amd-epyc/linear-cpu.json",
         "amd-epyc/newest-jax/linear-cpu.json",
     ),
+    "gpu": (gpu_table, "h100-compiled.json"),
     "sharded": (sharded_table, "sharded.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
     "language-model": (language_model_table, "language-model/history.json"),
@@ -308,6 +323,10 @@ def up_to_date(readme: str) -> str:
     for name, (table, *paths) in TABLES.items():
         readme = rendered(readme, name, table(*(json.loads((RESULTS / path).read_text()) for path in paths)))
     return readme
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """There are none."""
 
 
 def run(_: argparse.Namespace) -> None:

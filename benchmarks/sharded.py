@@ -128,6 +128,10 @@ def cpu_row(devices: int, seconds: float) -> dict[str, Any]:
 # --- all of it ------------------------------------------------------------------------------------------------------
 
 
+def add_options(command: argparse.ArgumentParser) -> None:
+    measure.add_options(command, seconds=3.0, smoke="one small mesh, quickly, to see that it runs")
+
+
 def run(args: argparse.Namespace) -> None:
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
     console = Console(width=150)

@@ -108,20 +108,20 @@ def lowered(platforms, reduction="mean", n=2048, d=8, v=16384):
 
 
 def test_a_program_is_the_one_of_the_platform_it_is_for():
-    """Blocks of tokens and products of float32 on CPU; blocks of classes and narrow products elsewhere."""
-    cpu, tpu, gpu = (lowered([platform]) for platform in ("cpu", "tpu", "cuda"))
-    rows = jaxce.plan_linear_cross_entropy(*arrays_of(2048, 8, 16384), reduction="mean", platform="cpu").block_n
-    classes = jaxce.plan_linear_cross_entropy(*arrays_of(2048, 8, 16384), reduction="mean", platform="tpu").block_v
-    assert rows < 2048
-    assert classes < 16384
-    block = f"tensor<2048x{classes}xf32>"
-    for text, here, narrow in (cpu, f"tensor<{rows}x16384xf32>", False), (tpu, block, True), (gpu, block, True):
+    """The plan's blocks; products of float32 on CPU, narrow ones elsewhere."""
+    plans_ = {
+        platform: jaxce.plan_linear_cross_entropy(*arrays_of(2048, 8, 16384), reduction="mean", platform=platform)
+        for platform in plans.PLATFORMS
+    }
+    programs = {platform: lowered(["cuda" if platform == "gpu" else platform]) for platform in plans.PLATFORMS}
+    blocks = {platform: f"tensor<{plan.block_n}x{plan.block_v}xf32>" for platform, plan in plans_.items()}
+    assert plans_["cpu"].mode == "store"
+    assert len(set(blocks.values())) == 3
+    for platform, text in programs.items():
         products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         assert products
-        assert all(("bf16" in line) == narrow for line in products)
-        assert here in text
-    assert f"tensor<{rows}x16384xf32>" not in tpu
-    assert block not in cpu
+        assert all(("bf16" in line) == (platform != "cpu") for line in products)
+        assert {other for other, block in blocks.items() if block in text} == {platform}
 
 
 def test_a_program_for_several_platforms_holds_the_right_one_for_each():

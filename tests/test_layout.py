@@ -41,6 +41,8 @@ ORDER = [
     "jaxce.linear.tokens",
     "jaxce.linear.store",
     "jaxce.linear.rule",
+    "jaxce.linear.chips",
+    "jaxce.linear.costs",
     "jaxce.linear.plan",
     "jaxce.linear.mesh",
     "jaxce.linear",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 
 import jax
@@ -179,3 +181,30 @@ def test_it_takes_what_the_loss_takes(rng):
     with pytest.raises(TypeError, match="no_such_option"):
         plan_linear_cross_entropy(hidden, kernel, np.zeros(4, np.int32), no_such_option=1)
     assert jaxce.plan_linear_cross_entropy is plan_linear_cross_entropy
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+DTYPES = ", ".join(2 * [r"tensor<(?:\d+x)*(\w+)>"])
+PRODUCT = re.compile(rf"dot_general .*?precision = \[(\w+), (\w+)\] : \({DTYPES}\) -> tensor<(?:\d+x)*(\w+)>")
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+@pytest.mark.parametrize("mode", ["recompute", "store"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_every_product_is_of_the_given_precision_and_narrow_where_the_inputs_are(platform, mode, precision):
+    """Lowered for each platform: what is handed to its compiler."""
+    n, d, v = 256, 48, 4096
+    for dtype, vocab_axis in itertools.product((jnp.float32, jnp.bfloat16), (0, 1)):
+        options = {"reduction": "mean", "mode": mode, "memory_budget": 2**23, "precision": precision}
+        loss = functools.partial(linear_cross_entropy, vocab_axis=vocab_axis, **options)
+        kernel = (d, v) if vocab_axis else (v, d)
+        arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((n, d), kernel)]
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(*arrays, jax.ShapeDtypeStruct((n,), jnp.int32))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        products = PRODUCT.findall(text)
+        assert len(products) == text.count("dot_general ") >= 3
+        name = "DEFAULT" if precision is None else "HIGHEST"
+        # A CPU has no narrow products: there all are float32, forward and backward alike.
+        narrow = "bf16" if dtype == jnp.bfloat16 and platform != "cpu" else "f32"
+        assert set(products) == {(name, name, narrow, narrow, "f32")}

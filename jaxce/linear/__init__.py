@@ -13,8 +13,9 @@ from jax import Array
 
 from jaxce import checks
 from jaxce.compose import CrossEntropyAux, Options, applied_weights, checked_options, unused_examples
-from jaxce.linear import blocks, mesh, rule
+from jaxce.linear import blocks, chips, mesh, rule
 from jaxce.linear import plan as plans
+from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan
 from jaxce.linear.tokens import Shared, Tokens, amounts_of, targets_of, vary_by_kind
 from jaxce.sharding import explicit_mesh
@@ -94,7 +95,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
         every step if its gradient is taken from outside (take it inside, or use "recompute"). None: chosen by the
         platform that is compiled for, and the shapes.
       memory_budget: bytes that loss and gradient may take beyond arguments and results; blocks are made smaller until
-        they fit. See `jaxce.plan_linear_cross_entropy`.
+        they fit. See `jaxce.plan_linear_cross_entropy`. None: as many as the fastest plan takes; on GPU, half of what
+        logits and their gradient would.
       plan: mode and blocks as `jaxce.tune_linear_cross_entropy` found them fastest, in place of `mode` and
         `memory_budget`; for these tokens, features and classes.
       precision: of the matmuls, as in `jax.lax.dot_general`.
@@ -185,19 +187,20 @@ def plan_linear_cross_entropy(
       843961073664
 
     Note:
-      The block sizes and the defaults of `jaxce.linear.plan` come from measurements and from compiled programs.
+      The block sizes and the defaults of `jaxce.linear.plan` come from measurements and from compiled programs; on GPU
+      from a model, `jaxce.linear.costs`.
     """
     checks.one_of("platform", platform, (None, *plans.PLATFORMS))
     problem = problem_of(hidden=hidden, kernel=kernel, targets=targets, **options)
-    platform = platform or plans.chip()[0]
+    platform = platform or chips.chip()[0]
     mode, memory_budget = options.get("mode"), options.get("memory_budget")
     return options.get("plan") or plans.make_plan(problem, platform, mode, memory_budget)
 
 
-def problem_of(**arguments: Any) -> plans.Problem:
+def problem_of(**arguments: Any) -> Problem:
     """What a plan depends on, from arrays or `jax.ShapeDtypeStruct`."""
     arrays, constants = arrays_and_constants(arguments)
-    found: list[plans.Problem] = []
+    found: list[Problem] = []
     jax.eval_shape(lambda arrays: found.append(_checked(**arrays, **constants)[-1]), arrays)
     return found[0]
 
@@ -226,7 +229,7 @@ def _checked(
     plan: LinearPlan | None = None,
     precision: Any = None,
     **options: Any,
-) -> tuple[Tokens, Shared, Options, blocks.Schedules, plans.Problem]:
+) -> tuple[Tokens, Shared, Options, blocks.Schedules, Problem]:
     hidden = checks.float_array("hidden", hidden)
     kernel = checks.float_array("kernel", kernel)
     *batch, D = hidden.shape
@@ -258,7 +261,7 @@ def _checked(
     if by_kind.indices is None and amounts.class_weights is not None:
         # Used more than once: their gradients are added before they are rounded.
         by_kind = by_kind._replace(probs=by_kind.probs.astype(amounts.class_weights.dtype))
-    problem = plans.Problem(
+    problem = Problem(
         N,
         D,
         V,

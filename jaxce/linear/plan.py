@@ -6,7 +6,10 @@ taken when the program is lowered. Which generation of chip that is, can be know
 **Mode.** "store" saves one matmul of four, but keeps a block of the logits with the whole vocabulary and sums dkernel
 in float32 from block to block. On CPU, where matmuls take most of the time, it is the faster one wherever it applies
 (`benchmarks/results/linear-cpu.json`). Compiled for TPU, "recompute" keeps everything it needs in on-chip memory, so it
-is the default there, and on GPU, where nothing was measured.
+is the default there.
+
+**On GPU**, where nothing was measured, mode and blocks are those that the model of `jaxce.linear.costs` finds fastest
+within the budget. By default that is half of what logits and their gradient would take.
 
 **Blocks.** A block of logits of 2²³ numbers, 32 MiB, fits the on-chip memory of every TPU beside the other operands:
 1024 classes for 8192 tokens. Smaller blocks make the compiled programs slower (512: 67 M cycles for 54 M on v6e),
@@ -14,11 +17,6 @@ larger ones spill (2048: 68 MB). On CPU products run at full speed while their r
 numbers, and "store" is fastest in parts of 2²¹. Up to 2²⁴ logits it works on all of them at once. If that is all there
 are, it is the same as "recompute" in one block, whose second logits a compiler finds to be the first: so it computes
 them again in a separate backward pass, and keeps no gradient for it.
-
-**Retiling.** Compiled for TPU7x, operands of matmuls are wanted in tiles of 16 x 128, while arguments and results come
-in tiles of 8 x 128. A kernel that a loop slices is copied whole before the loop, once for each pass: 1.2 GB for
-131,072 classes. Rows that a gather picks are retiled as they come; columns, once they were widened to 32 bits and
-narrowed again. Gradients are rounded after they were retiled.
 """
 
 from __future__ import annotations
@@ -28,13 +26,10 @@ import functools
 import json
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxce import checks
-from jaxce.compose import Options
+from jaxce.linear import chips, costs
 from jaxce.linear.blocks import Schedule, Schedules
-from jaxce.stats import matmul_dtype, working_dtype
+from jaxce.linear.costs import Problem
 
 MODES = ("recompute", "store")
 PLATFORMS = ("cpu", "tpu", "gpu")
@@ -49,46 +44,7 @@ _MOST_TOKENS, _FEWEST_TOKENS = 1024, 256
 _KEPT_BLOCK = 2**21  # the part of them that is worked on at once
 _LARGER, _TRIED = 4, 6  # where measuring begins, and how many sizes of blocks it tries, each about half of another
 _KEPT_WHOLE = 2**24  # all of them at once up to here: without slices of the kernel, and never written twice
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a plan depends on."""
-
-    N: int
-    D: int
-    V: int
-    hidden: jnp.dtype
-    kernel: jnp.dtype
-    entries: int | None  # K of index targets, None for probabilities [N, V]
-    options: Options
-    weights: bool
-    class_weights: bool
-    mask_per_token: bool
-
-    @property
-    def matmul(self) -> jnp.dtype:
-        return matmul_dtype(self.hidden, self.kernel)
-
-    @property
-    def working(self) -> jnp.dtype:
-        return working_dtype(self.matmul)
-
-    @property
-    def plain(self) -> bool:
-        """Without the options that need more arrays as large as a block of logits."""
-        o = self.options
-        more = o.logit_softcap is not None or o.label_smoothing or o.return_aux or self.class_weights
-        return not (more or self.mask_per_token)
-
-    @property
-    def arrays(self) -> int:
-        """How many arrays as large as a block of logits are alive at once: logits, gradient, and what options need."""
-        dense = self.entries is None
-        without_aux = dataclasses.replace(self, options=dataclasses.replace(self.options, return_aux=False))
-        if self.entries == 1 and without_aux.plain:
-            return 2
-        return 3 if self.plain else 3 + 2 * dense + (dense and self.class_weights)
+_GPU_BUDGET = 2**28  # bytes that are not worth saving on a GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +83,8 @@ class LinearPlan:
       logits_bytes: what the logits alone would take in the working dtype.
       flops: floating-point operations of the matmuls of loss and gradient.
       platform: the platform it was made for.
+      device: the GPU whose data sheet a model chose it by; empty on other platforms, where measurements chose.
+      predicted_seconds: of loss and gradients, by that model; None on other platforms.
       timings: what was measured of it and of other plans, the fastest first; empty if it was not chosen by measuring.
 
     Example:
@@ -146,6 +104,8 @@ class LinearPlan:
     logits_bytes: int
     flops: int
     platform: str
+    device: str = ""
+    predicted_seconds: float | None = None
     timings: tuple[Timing, ...] = ()
 
     def to_json(self) -> str:
@@ -176,7 +136,10 @@ class LinearPlan:
 
     def _measured(self) -> str:
         if not self.timings:
-            return ""
+            chosen = f"\nchosen        by a model of {self.device}, not timed"
+            if self.predicted_seconds is not None:
+                chosen += f": {self.predicted_seconds * 1e3:,.2f} ms for loss and gradient"
+            return chosen if self.device else ""
         lines = ["chosen        by timing loss and gradients", f"  {'mode':<10}    tokens   classes          ms  runs"]
         for t in self.timings:
             milliseconds = "-" if t.seconds is None else f"{t.seconds * 1e3:,.2f}"
@@ -195,13 +158,12 @@ def make_schedules(
     plan: LinearPlan | None,
 ) -> Schedules:
     """What is done on each platform: its plan, or the given one, and what is known of its compiler."""
-    here, kind = chip()
     cpu, tpu, gpu = (
         _schedule(
             problem,
             plan or make_plan(problem, platform, mode, memory_budget),
             Schedule(vocab_axis, precision, widens=platform == "cpu", transposes=platform == "cpu"),
-            kind if platform == here else "",
+            chips.kind_of(platform),
         )
         for platform in PLATFORMS
     )
@@ -209,14 +171,14 @@ def make_schedules(
 
 
 def _schedule(problem: Problem, plan: LinearPlan, schedule: Schedule, kind: str) -> Schedule:
-    if plan.mode == "store" and not _in_one(problem, plan.block_n, plan.block_v):
+    if plan.mode == "store" and not costs.in_one(problem, plan.block_n, plan.block_v):
         return schedule._replace(block_n=plan.block_n, forward_v=plan.block_v, backward_v=plan.block_v)
-    forward, backward = block_eighths(kind, schedule.vocab_axis)
+    forward, backward = chips.block_eighths(kind, schedule.vocab_axis)
     return schedule._replace(
         forward_v=_scaled(plan.block_v, forward),
         backward_v=_scaled(plan.block_v, backward),
-        retiles=retiles(kind),
-        row_major=row_major(kind, schedule.vocab_axis),
+        retiles=chips.retiles(kind),
+        row_major=chips.row_major(kind, schedule.vocab_axis),
     )
 
 
@@ -229,15 +191,24 @@ def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: 
         modes = ["recompute"]
     else:
         modes = ["store", "recompute"] if platform == "cpu" else ["recompute", "store"]
-    candidates = [plan for mode in modes for plan in _plans(problem, mode, platform)]
-    if memory_budget is None and not known:
-        return candidates[0]
-    # "store" in small blocks of tokens spends its time adding up dkernel: then the fourth matmul is cheaper.
-    candidates.sort(key=lambda plan: plan.mode == "store" and plan.block_n < min(_FEWEST_TOKENS, problem.N))
-    if memory_budget is None:
+    candidates = [plan for mode in modes for plan in _plans(problem, mode, platform, chips.kind_of(platform))]
+    if not known and memory_budget is None:
         return candidates[0]
     smallest = min(candidates, key=lambda plan: plan.temp_bytes)
-    if memory_budget < smallest.temp_bytes and platform == chip()[0]:  # others it may never be compiled for
+    if platform == "gpu":
+        candidates.sort(key=_predicted)
+    else:
+        # "store" in small blocks of tokens spends its time adding up dkernel: then the fourth matmul is cheaper.
+        candidates.sort(key=lambda plan: plan.mode == "store" and plan.block_n < min(_FEWEST_TOKENS, problem.N))
+    budget: float
+    if memory_budget is not None:
+        budget = memory_budget
+    elif platform == "gpu":
+        budget = max(problem.N * problem.V * problem.matmul.itemsize, _GPU_BUDGET)
+    else:
+        return candidates[0]
+    # Other platforms it may never be compiled for.
+    if memory_budget is not None and budget < smallest.temp_bytes and platform == chips.chip()[0]:
         checks.fail(
             ValueError,
             "memory_budget",
@@ -245,48 +216,69 @@ def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: 
             f"{memory_budget:,}",
             "Fewer tokens at a time need less.",
         )
-    return next((plan for plan in candidates if plan.temp_bytes <= memory_budget), smallest)
+    return next((plan for plan in candidates if plan.temp_bytes <= budget), smallest)
 
 
 def alternatives(problem: Problem, platform: str, mode: str | None, memory_budget: int | None) -> list[LinearPlan]:
-    """Plans worth timing: the default first; then, of each mode, blocks from four times the preferred size down."""
+    """Plans worth timing: the default first; then, of each mode, blocks from four times the preferred size down.
+
+    On GPU, those of each mode that the model finds fastest.
+    """
     found = [make_plan(problem, platform, mode, memory_budget)]
     for each in MODES if mode is None else (mode,):
         if each == "recompute" or problem.options.reduction != "none":
-            of_mode = _plans(problem, each, platform, _LARGER)
+            of_mode = list(_plans(problem, each, platform, chips.kind_of(platform), _LARGER))
+            if platform == "gpu":
+                of_mode.sort(key=_predicted)
             found += [plan for plan in of_mode if memory_budget is None or plan.temp_bytes <= memory_budget][:_TRIED]
     return list(dict.fromkeys(found))
 
 
+def _predicted(plan: LinearPlan) -> float:
+    return plan.predicted_seconds or 0.0
+
+
 @functools.lru_cache(maxsize=256)  # for calls that are not compiled into anything
-def _plans(problem: Problem, mode: str, platform: str, scale: int = 1) -> list[LinearPlan]:
-    """Plans of one mode from `scale` times the preferred block size down."""
-    N, V = problem.N, problem.V
-    if mode == "recompute":
-        tokens = max(N, 1) if isinstance(N, int) else _TOKENS
-        target = min((_CPU_BLOCK if platform == "cpu" else _BLOCK) // tokens, _KERNEL_BLOCK // max(problem.D, 1))
-        blocks = [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES) * scale, _LANES)]
-    else:
-        sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1) * scale, 8)
-        part = [
-            V if problem.plain and n * V <= _KEPT_WHOLE else max(_KEPT_BLOCK // max(n, 1), 4 * _LANES) for n in sizes
-        ]
-        blocks = [(n, _sizes(V, target, _LANES)[0]) for n, target in zip(sizes, part, strict=True)]
-    bytes_of = _recompute_bytes if mode == "recompute" else _store_bytes
+def _plans(problem: Problem, mode: str, platform: str, kind: str, scale: int = 1) -> list[LinearPlan]:
+    """Plans of one mode from `scale` times the preferred block size down; on GPU, where a model chooses, of all."""
+    N, D, V = problem.N, problem.D, problem.V
+    modelled = platform == "gpu" and isinstance(N, int)
+    card = chips.gpu(kind)
+    bytes_of = costs.recompute_bytes if mode == "recompute" else costs.store_bytes
     return [
         LinearPlan(
-            shape=(N, problem.D, V),
+            shape=(N, D, V),
             mode=mode,
             block_n=block_n,
             block_v=block_v,
             temp_bytes=bytes_of(problem, platform, block_n, block_v),
-            kept_bytes=_kept_bytes(problem, mode, block_n, block_v),
+            kept_bytes=costs.kept_bytes(problem, mode, block_n, block_v),
             logits_bytes=N * V * problem.working.itemsize,
-            flops=(4 if mode == "recompute" else 3) * 2 * N * problem.D * V,
+            flops=(4 if mode == "recompute" else 3) * 2 * N * D * V,
             platform=platform,
+            device=card.name if modelled else "",
+            predicted_seconds=costs.on_gpu(problem, mode, block_n, block_v, card).seconds if modelled else None,
         )
-        for block_n, block_v in blocks
+        for block_n, block_v in (_every_block if modelled else _preferred_blocks)(problem, mode, platform, scale)
     ]
+
+
+def _preferred_blocks(problem: Problem, mode: str, platform: str, scale: int) -> list[tuple[int, int]]:
+    N, V = problem.N, problem.V
+    if mode == "recompute":
+        tokens = max(N, 1) if isinstance(N, int) else _TOKENS
+        target = min((_CPU_BLOCK if platform == "cpu" else _BLOCK) // tokens, _KERNEL_BLOCK // max(problem.D, 1))
+        return [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES) * scale, _LANES)]
+    sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1) * scale, 8)
+    part = [V if problem.plain and n * V <= _KEPT_WHOLE else max(_KEPT_BLOCK // max(n, 1), 4 * _LANES) for n in sizes]
+    return [(n, _sizes(V, target, _LANES)[0]) for n, target in zip(sizes, part, strict=True)]
+
+
+def _every_block(problem: Problem, mode: str, *_: Any) -> list[tuple[int, int]]:
+    """Not "store" in parts of rows, which reads and writes twice as much."""
+    if mode == "store":
+        return [(block_n, problem.V) for block_n in _sizes(problem.N, problem.N, 8)]
+    return [(problem.N, block_v) for block_v in _sizes(problem.V, problem.V, _LANES)]
 
 
 def _sizes(length: int, target: int, multiple: int) -> list[int]:
@@ -301,88 +293,6 @@ def _sizes(length: int, target: int, multiple: int) -> list[int]:
         sizes.append(size)
         target = size // 2
     return [*sizes, 1] if not sizes or sizes[-1] > 1 else sizes
-
-
-def _in_one(p: Problem, block_n: int, block_v: int) -> bool:
-    """Whether a single block holds all the logits."""
-    return block_n >= p.N and block_v >= p.V
-
-
-def _recompute_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
-    return _block_bytes(p, block_n, block_v) + _row_bytes(p, platform)
-
-
-def _store_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
-    if _in_one(p, block_n, block_v):  # which is computed as in the other mode
-        return _recompute_bytes(p, platform, block_n, block_v)
-    rows = block_n + p.N % max(block_n, 1)  # the block that is left at the end has memory of its own
-    sums = 0 if p.kernel == p.working else p.D * p.V * p.working.itemsize
-    skips = block_n < p.N and (p.weights or p.options.ignore_index is not None)
-    logits = block_n * p.V  # one array for all blocks
-    if block_v == p.V and not skips:  # the gradient takes its place
-        logits = 0
-    same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
-    return (logits + same_tokens) * p.working.itemsize + sums + _block_bytes(p, rows, block_v) + _row_bytes(p, platform)
-
-
-def _block_bytes(p: Problem, block_n: int, block_v: int) -> int:
-    """A block of logits and what is made of it: arrays of its size, and the factors of the matmuls."""
-    classes = min(block_v + p.V % block_v, p.V)
-    narrow = not p.hidden == p.kernel == p.working
-    factors = p.D * (block_n + (2 * classes if narrow or block_v < p.V else 0))
-    size = p.arrays * block_n * classes + factors
-    if narrow:  # and on CPU widened again for the matmuls
-        size += block_n * classes + factors
-    return size * p.working.itemsize
-
-
-def _row_bytes(p: Problem, platform: str) -> int:
-    """Numbers per token and class, and hidden states without or in the order of the unused ones."""
-    numbers = p.N * (32 + 12 * (p.entries or 0) + 2 * p.D) + 4 * p.V
-    if p.entries is None and p.hidden != p.working and platform == "cpu":
-        numbers += p.N * p.V  # the gradient of narrow probabilities is written in the working dtype first
-    return numbers * p.working.itemsize + 2**16
-
-
-def _kept_bytes(p: Problem, mode: str, block_n: int, block_v: int) -> int:
-    if mode == "recompute" or _in_one(p, block_n, block_v):
-        terms = 2 + 2 * p.options.label_smoothing + 2 * p.options.return_aux  # of the record of a row
-        return p.N * (terms + (p.entries or 2)) * p.working.itemsize
-    per_class = p.D + p.class_weights + (p.N if p.entries is None else 0)
-    return (p.N * p.D + p.V * per_class) * p.working.itemsize
-
-
-def chip() -> tuple[str, str]:
-    """Platform and kind of the device that this process runs programs on, or says it traces them for."""
-    default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
-    device = jax.sharding.get_abstract_mesh().abstract_device or default or jax.devices()[0]
-    return (device, "") if isinstance(device, str) else (device.platform, device.device_kind)
-
-
-def retiles(kind: str) -> bool:
-    """See "Retiling" above."""
-    return kind == "TPU7x"
-
-
-def row_major(kind: str, vocab_axis: int) -> bool:
-    """Whether the gradient of the logits has to be laid out row by row.
-
-    For TPU7x, the compiler of JAX 0.12 transposes every block of [D, V] unless it is, and that of JAX 0.10 if it is.
-    """
-    return retiles(kind) and vocab_axis == 1 and jax.__version_info__ >= (0, 12)
-
-
-def block_eighths(kind: str, vocab_axis: int) -> tuple[int, int]:
-    """The blocks of the forward and of the backward pass, in eighths of the plan's.
-
-    The backward pass keeps its blocks in the input dtype, so more of them fit on chip. On TPU7x, blocks of [D, V] that
-    are not a power of two escape a transposition, and a smaller first block of [V, D] leaves room for the second.
-    """
-    if kind == "TPU v6 lite":
-        return 8, 10
-    if kind == "TPU7x":
-        return 7, 9 if vocab_axis == 1 else 8
-    return 8, 8
 
 
 def _scaled(block_v: int, eighths: int) -> int:

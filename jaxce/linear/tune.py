@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxce import checks
-from jaxce.linear import arrays_and_constants, linear_cross_entropy, problem_of
+from jaxce.linear import arrays_and_constants, chips, linear_cross_entropy, problem_of
 from jaxce.linear import plan as plans
+from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan, Timing
 
 _SLOW = 1.25  # times the fastest so far: such a plan is not timed again
@@ -81,7 +82,7 @@ def tune_linear_cross_entropy(
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
         checks.fail(TypeError, "hidden", "arrays or jax.ShapeDtypeStruct", "a tracer", "Tune outside of jit.")
     problem = problem_of(**arguments, mode=mode, memory_budget=memory_budget)
-    found = plans.alternatives(problem, plans.chip()[0], mode, memory_budget)
+    found = plans.alternatives(problem, chips.chip()[0], mode, memory_budget)
     default = found[0]
     arrays, constants = arrays_and_constants(arguments)
     rest = _made(arrays, problem)
@@ -111,7 +112,7 @@ def tune_linear_cross_entropy(
     return dataclasses.replace(best, timings=tuple(timings))
 
 
-def _made(arrays: dict[str, Any], problem: plans.Problem) -> dict[str, Any]:
+def _made(arrays: dict[str, Any], problem: Problem) -> dict[str, Any]:
     """The arrays, with random numbers where they are only described."""
     rng = np.random.default_rng(0)
 

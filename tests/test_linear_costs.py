@@ -1,0 +1,93 @@
+"""The model of costs on a GPU: held against compiled programs, and what the plan makes of it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxce
+from jaxce.linear import chips, costs, problem_of
+from jaxce.linear import plan as plans
+
+COMPILED = json.loads(
+    (pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "h100-compiled.json").read_text()
+)
+OURS = [row for row in COMPILED["rows"] if row["library"] == "jaxce"]
+
+
+def shapes(n, d, v, dtype=jnp.bfloat16):
+    struct = jax.ShapeDtypeStruct
+    return {"hidden": struct((n, d), dtype), "kernel": struct((d, v), dtype), "targets": struct((n,), jnp.int32)}
+
+
+LARGE = shapes(COMPILED["n"], COMPILED["d"], COMPILED["v"])
+
+
+@pytest.mark.parametrize("row", OURS, ids=lambda row: f"{row['mode']} {row['block_n']} x {row['block_v']}")
+def test_kernels_are_those_of_a_compiled_program(row):
+    problem = problem_of(**LARGE, reduction="mean")
+    cost = costs.on_gpu(problem, row["mode"], row["block_n"], row["block_v"], chips.gpu("NVIDIA H100"))
+    assert cost.launches == row["launches"]
+    assert cost.bytes == pytest.approx(row["bytes"], rel=0.2)
+    bytes_of = costs.recompute_bytes if row["mode"] == "recompute" else costs.store_bytes
+    assert row["temp_bytes"] <= bytes_of(problem, "gpu", row["block_n"], row["block_v"])
+
+
+def test_operations_are_those_of_the_matmuls():
+    N, D, V = 1000, 96, 30000
+    problem = problem_of(**shapes(N, D, V), reduction="mean")
+    for mode, block_n, block_v, matmuls in ("recompute", N, 7000, 4), ("store", 250, V, 3):
+        cost = costs.on_gpu(problem, mode, block_n, block_v, chips.gpu("NVIDIA L4"))
+        assert cost.flops == pytest.approx(matmuls * 2 * N * D * V)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "A100"),
+        ("", "A100"),
+    ],
+)
+def test_a_card_is_known_by_its_name(kind, name):
+    assert chips.gpu(kind).name == name
+
+
+def test_the_default_takes_no_more_than_half_of_materialised_logits():
+    """Of logits and their gradient, in bfloat16."""
+    plan = jaxce.plan_linear_cross_entropy(*LARGE.values(), reduction="mean", platform="gpu")
+    assert plan.temp_bytes <= COMPILED["n"] * COMPILED["v"] * 2
+    assert plan.predicted_seconds == min(
+        p.predicted_seconds
+        for mode in plans.MODES
+        for p in plans._plans(problem_of(**LARGE, reduction="mean"), mode, "gpu", "")
+        if p.temp_bytes <= COMPILED["n"] * COMPILED["v"] * 2
+    )
+    assert "by a model of A100, not timed" in str(plan)
+
+
+def test_a_budget_is_kept_and_costs_time():
+    known = {}
+    for budget in 300_000_000, 2**31, 2**33:
+        plan = jaxce.plan_linear_cross_entropy(*LARGE.values(), reduction="mean", platform="gpu", memory_budget=budget)
+        assert plan.temp_bytes <= budget
+        known[budget] = plan.predicted_seconds
+    assert known[300_000_000] > known[2**31] >= known[2**33]
+
+
+def test_a_small_problem_is_not_cut_to_pieces():
+    plan = jaxce.plan_linear_cross_entropy(*shapes(128, 512, 50304).values(), reduction="mean", platform="gpu")
+    assert plan.block_v == 50304
+
+
+def test_losses_of_each_token_recompute():
+    plan = jaxce.plan_linear_cross_entropy(*LARGE.values(), platform="gpu")
+    assert plan.mode == "recompute"
