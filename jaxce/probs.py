@@ -15,7 +15,7 @@ from jaxce.compose import Amounts, Options, checked_options, compose, unused_exa
 from jaxce.layout import classes_last, sharded_alike
 from jaxce.lookup import pick
 from jaxce.stats import Terms, times, working_dtype
-from jaxce.targets import Targets, entry_probs, sort_by_kind
+from jaxce.targets import Targets, entry_probs, is_class, sort_by_kind
 
 
 def cross_entropy_from_probs(
@@ -64,7 +64,7 @@ def cross_entropy_from_probs(
     batch = tuple(n for i, n in enumerate(probs.shape) if i not in axes)
     num_classes = math.prod(probs.shape[i] for i in axes)
     checks.num_classes("probs", num_classes)
-    by_kind, ignore_index = sort_by_kind(targets, batch, probs.shape, ignore_index)
+    by_kind, ignore_index = sort_by_kind(targets, batch, probs.shape, probs.dtype, ignore_index)
     options, amounts = checked_options(
         batch,
         num_classes,
@@ -88,13 +88,16 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     unused = unused_examples(targets, like, options, amounts)
     slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
     valid = jnp.all((p >= 0) & (p <= 1 + slack), -1)
+    if targets.indices is not None:
+        entries = entry_probs(targets, options.ignore_index)
+        idle = jnp.zeros(targets.indices.shape, jnp.bool_) if entries is None else entries == 0
+        idle |= unused[..., None]
+        valid &= jnp.all(is_class(targets.indices, p.shape[-1]) | idle, -1)
     p = jnp.where((unused & ~valid)[..., None], jnp.ones_like(p), p)
     p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
 
     if targets.indices is not None:
-        entries = entry_probs(targets, options.ignore_index)
-        idle = jnp.zeros(targets.indices.shape, jnp.bool_) if entries is None else entries == 0
-        target = _surprise(pick(p, targets.indices), idle | unused[..., None])
+        target = _surprise(pick(p, targets.indices), idle)
     else:
         t = targets.probs.astype(dtype)
         if amounts.class_weights is not None:

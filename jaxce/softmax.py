@@ -209,7 +209,7 @@ def _checked_loss(
     batch = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
     num_classes = math.prod(logits.shape[i] for i in axes)
     checks.num_classes("logits", num_classes)
-    by_kind, ignore_index = sort_by_kind(targets, batch, logits.shape, ignore_index, targets_name)
+    by_kind, ignore_index = sort_by_kind(targets, batch, logits.shape, logits.dtype, ignore_index, targets_name)
     if where is not None:
         where = checks.where_mask(where, logits.shape, batch, axes)
     constants, amounts = checked_options(batch, num_classes, logits.dtype, ignore_index=ignore_index, **options)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxce import checks
 from jaxce.label_check import check_labels
@@ -54,9 +55,14 @@ class Targets(NamedTuple):
 
 
 def sort_by_kind(
-    targets: Any, batch: tuple[int, ...], full: tuple[int, ...], ignore_index: int | None, name: str = "targets"
+    targets: Any,
+    batch: tuple[int, ...],
+    full: tuple[int, ...],
+    dtype: DTypeLike,
+    ignore_index: int | None,
+    name: str = "targets",
 ) -> tuple[Targets, int | None]:
-    """Checks `targets` against logits of shape `full`, `batch` without the class axes.
+    """Checks `targets` against logits of this dtype and of shape `full`, `batch` without the class axes.
 
     The second result is the number that ignored labels have in the first.
     """
@@ -65,8 +71,8 @@ def sort_by_kind(
         checks.indices("targets.indices", indices, batch, full, sparse=True)
         probs = checks.float_array("targets.probs", targets.probs)
         checks.probabilities("targets.probs", probs, indices.shape)
-        # In a working dtype: where they are used more than once, their gradients are added before they are rounded.
-        return Targets(indices, probs.astype(working_dtype(probs.dtype))), ignored
+        # In the working dtype: where they are used more than once, their gradients are added before they are rounded.
+        return Targets(indices, probs.astype(working_dtype(dtype))), ignored
     if checks.is_integers(targets):
         indices, ignored = class_indices(name, targets, ignore_index)
         checks.indices(name, indices, batch, full)
@@ -142,11 +148,15 @@ def class_weight_at(class_weights: Array, indices: Array, axis_name: AxisNames =
     return sum_over(jnp.where(here, found, jnp.zeros_like(found)), axis_name)
 
 
+def is_class(indices: Array, num_classes: int) -> Array:
+    return (indices >= 0) & (indices < num_classes)
+
+
 def nan_where_unknown(indices: Array, num_classes: int, unused: Array) -> Array:
     """A factor for −log p at each index: 1, or NaN for a label that is no class and is used.
 
     A factor and not a select, so that the gradient of such a row is NaN too.
     """
-    known = ((indices >= 0) & (indices < num_classes)) | unused
+    known = is_class(indices, num_classes) | unused
     known = check_labels(known, indices, num_classes)
     return jnp.where(known, 1.0, jnp.nan)

@@ -201,12 +201,18 @@ def test_it_need_not_be_the_target(kind):
 
 
 @pytest.mark.parametrize("label", [-1, 3, 100])
-def test_a_label_outside_the_classes_gives_nan(label):
+@pytest.mark.parametrize("kind", ["index", "sparse"])
+def test_a_label_outside_the_classes_gives_nan(label, kind):
+    """In the whole row of the gradient, as in the loss of logits; other rows are untouched."""
     probs = np.array([[0.2, 0.3, 0.5], [0.2, 0.3, 0.5]], np.float32)
     labels = np.array([1, label])
-    loss, back = jax.vjp(lambda p: cross_entropy_from_probs(p, labels), probs)
+    targets = labels if kind == "index" else SparseTargets(labels[:, None], np.ones((2, 1), np.float32))
+    loss, back = jax.vjp(lambda p: cross_entropy_from_probs(p, targets), probs)
     np.testing.assert_array_equal(np.isnan(loss), [False, True])
-    assert np.isfinite(back(jnp.array([1.0, 0.0]))[0][0]).all()
+    for cotangent in [1.0, 0.0], [1.0, 1.0]:
+        (gradient,) = back(jnp.array(cotangent))
+        np.testing.assert_allclose(gradient[0], [0, -1 / 0.3, 0], rtol=4 * EPS)
+    np.testing.assert_array_equal(np.isnan(gradient[1]), True)
 
 
 @pytest.mark.parametrize("how", ["ignored", "weight 0", "sparse"])

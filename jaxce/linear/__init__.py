@@ -239,12 +239,12 @@ def _checked(
     V = kernel.shape[vocab_axis]
     checks.num_classes("kernel", V)
     full = (*batch, V)
-    by_kind, ignore_index = sort_by_kind(targets, tuple(batch), full, ignore_index)
+    dtype = matmul_dtype(hidden.dtype, kernel.dtype)
+    by_kind, ignore_index = sort_by_kind(targets, tuple(batch), full, dtype, ignore_index)
     if where is not None:
         where = checks.where_mask(where, full, tuple(batch), (len(batch),))
     if bias is not None:
         bias = checks.bias(bias, V)
-    dtype = matmul_dtype(hidden.dtype, kernel.dtype)
     constants, amounts = checked_options(tuple(batch), V, dtype, ignore_index=ignore_index, **options)
     checks.split_over("kernel", kernel, constants.axis_name, "classes")
     checks.split_over("hidden", hidden, constants.batch_axis_name, "tokens")
