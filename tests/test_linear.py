@@ -22,6 +22,7 @@ from jaxce.linear import chips
 from jaxce.linear import plan as plans
 from jaxce.linear.blocks import Schedule, gradients, retiled_classes
 from tests import oracle
+from tests.pairwise import pairwise
 
 EPS = float(np.finfo(np.float32).eps)
 MODES = ["recompute", "store"]
@@ -70,9 +71,10 @@ def fused(arguments: dict[str, Any], vocab_axis: int = 1, **options: Any):
 
 def dense(arguments: dict[str, Any], **options: Any):
     rest = {name: x for name, x in arguments.items() if name not in ("hidden", "kernel", "bias")}
-    logits = jnp.matmul(arguments["hidden"], arguments["kernel"], preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(arguments["hidden"].dtype, jnp.float32)
+    logits = jnp.matmul(arguments["hidden"], arguments["kernel"], preferred_element_type=wide)
     if "bias" in arguments:
-        logits = logits + jnp.broadcast_to(arguments["bias"].astype(jnp.float32), logits.shape)
+        logits = logits + jnp.broadcast_to(arguments["bias"].astype(wide), logits.shape)
     return softmax_cross_entropy(logits, rest.pop("targets"), **rest, **options)
 
 
@@ -185,14 +187,16 @@ def test_every_gradient_against_the_oracle(seed, mode, vocab_axis, kind, sizes, 
         oracle.assert_within(grads["targets"], value, relative * (size + 8), "targets")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_count"])
-@pytest.mark.parametrize("aux", [False, True])
-def test_equals_the_dense_loss(rng, mode, kind, reduction, aux):
+def store_needs_one_number(mode: str, reduction: str, *_: Any) -> bool:
+    return (mode, reduction) != ("store", "none")
+
+
+@pytest.mark.parametrize(
+    ("mode", "reduction", "kind", "aux"),
+    pairwise(MODES, ["none", "sum", "mean", "mean_count"], KINDS, [False, True], allowed=store_needs_one_number),
+)
+def test_equals_the_dense_loss(rng, mode, reduction, kind, aux):
     """With every option at once, masks and ignored examples included, for batches of two axes."""
-    if mode == "store" and reduction == "none":
-        pytest.skip("store is for losses that are one number")
     batch = (3, 7)
     args = arguments(rng, kind, batch)
     classes = {"index": lambda t: t, "sparse": lambda t: t.indices, "probs": lambda t: [0]}[kind](args["targets"])
@@ -777,6 +781,27 @@ def test_products_of_every_dtype_run_and_are_rounded_once(rng, dtypes):
             g = g.T if name == "kernel" and not vocab_axis else g
             rounded = oracle.half_ulp(value, dtype) if dtype != jnp.float32 else 0
             oracle.assert_within(g, value, bound + 1.01 * rounded, f"{mode} {vocab_axis} {option} {name}")
+
+
+@pytest.mark.parametrize("loss", [*MODES, "dense"])
+@pytest.mark.parametrize("kind", ["probs", "sparse"])
+@pytest.mark.parametrize(("narrow", "wide"), [("bfloat16", "float32"), ("float32", "float64")])
+def test_narrow_gradients_of_targets_weights_and_amounts_are_rounded_once(rng, loss, kind, narrow, wide):
+    """Against those of the same numbers in the working dtype, scaled by a number that is no power of two."""
+    with jax.enable_x64(wide == "float64"), jax.numpy_dtype_promotion("standard"), blocks(loss):
+        args = arguments(rng, kind)
+        factors = {name: args[name].astype(wide) for name in ("hidden", "kernel", "bias")}
+        parts = jax.tree.map(lambda x: jnp.asarray(x, narrow), floats(args)) | factors
+        f, cotangents = dense if loss == "dense" else fused, [np.dtype(wide).type(0.3)]
+        (_, _, got), (_, _, wanted) = (
+            outputs_and_gradients(f, joined(p, args), cotangents, reduction="mean")
+            for p in (parts, jax.tree.map(lambda x: x.astype(wide), parts))
+        )
+    for name in set(got) - set(factors):
+        value = np.asarray(wanted[name], np.float64)
+        assert (got[name].dtype, wanted[name].dtype) == (narrow, wide)
+        rounding = 64 * float(jnp.finfo(wide).eps) * np.abs(value)
+        oracle.assert_within(got[name], value, oracle.half_ulp(value, narrow) + rounding, name)
 
 
 @pytest.mark.parametrize("mode", MODES)
