@@ -38,6 +38,8 @@ def terms(
 def _row_terms(
     spec: Spec, z: Array, indices: Array | None, probs: Array | None, v: Array | None, where: Array | None
 ) -> Terms:
+    if where is not None:
+        z = jnp.where(where, z, 0)  # a masked logit may be NaN, where a tanh has no derivative
     if spec.logit_softcap is not None:
         z = spec.logit_softcap * jnp.tanh(z / spec.logit_softcap)
     z = z + jnp.where(z == jnp.inf, jnp.nan, 0)

@@ -177,12 +177,15 @@ def compose(
     unused = unused_examples(targets, like, options, amounts, participating)
     terms = jax.tree.map(lambda x: _zero_if_too_large(x, unused), terms)
 
+    sound = jnp.where(jnp.isnan(terms.log_normalizer) & (weight != 0), jnp.nan, ones)
     if targets.indices is None:
         target = terms.target
         nll = target if unweighted is None else _zero_if_too_large(unweighted, unused)
     else:
         idle = unused[..., None] if probs is None else unused[..., None] | (probs == 0)
-        surprise = terms.target * nan_where_unknown(targets.indices, num_classes, idle).astype(dtype)
+        known = nan_where_unknown(targets.indices, num_classes, idle).astype(dtype)
+        surprise = terms.target * known
+        sound = sound * jnp.prod(known, -1)
         probs = jnp.ones_like(surprise) if probs is None else probs.astype(dtype)
         nll = jnp.sum(times(probs, surprise), -1)
         target = nll
@@ -199,6 +202,8 @@ def compose(
         lse = jnp.where(jnp.isfinite(lse), lse, lax.stop_gradient(lse))
         loss = loss + times(amounts.z_loss, lse * lse)
     zero = jnp.zeros_like(loss)
+    # No 0 that a term is multiplied with hides what is wrong with a row, and its gradient is NaN as well.
+    loss, nll = (x * sound + terms.log_normalizer * (sound - 1) for x in (loss, nll))
     loss = jnp.where(counted, weights * loss, zero)
     reduced = reduce(loss, weight, counted, options)
     if not options.return_aux:

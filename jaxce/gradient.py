@@ -66,7 +66,9 @@ def factors(spec: Spec, indices: Array | None, stats: RowStats, alive: Array, ct
 
 
 def gradient(spec: Spec, row: Row, of: Factors, again: bool = False) -> tuple[Array, Array | None, Array | None]:
-    """The gradients in logits, probs and smoothing_weights. `again` is what `exponentials_for_gradient` takes.
+    """The gradients in logits, probs (not yet rounded to their dtype) and smoothing_weights.
+
+    `again` is what `exponentials_for_gradient` takes.
 
     With p = softmax(z): d/dz_j = a·p_j + h·p_j·(max − z_j) − τ_j − σ_j, and the exact form at index targets.
 
@@ -94,16 +96,16 @@ def gradient(spec: Spec, row: Row, of: Factors, again: bool = False) -> tuple[Ar
     surprise = below + of.log_sum[..., None]  # −log p
     if row.probs is not None:
         dz = dz - of.target[..., None] * row.probs.astype(dtype)
-        dprobs = taking_part(times(of.target[..., None], surprise)).astype(row.probs.dtype)
+        dprobs = taking_part(times(of.target[..., None], surprise))
     if of.smoothing is not None:
         share = of.smoothing[..., None]
         dz = dz - share * smoothing_distribution(dz, dtype, row.smoothing_weights, row.where)
         if row.smoothing_weights is not None:
             dweights = jnp.sum(taking_part(times(share, surprise)), tuple(range(dz.ndim - 1)))
-    dz = taking_part(dz)
     if spec.logit_softcap is not None:
         t = jnp.tanh(_alive(of.dead, row.logits.astype(dtype)) / spec.logit_softcap)
         dz = dz * ((1 - t) * (1 + t))
+    dz = taking_part(dz)  # last: a masked logit may be NaN
     return dz.astype(row.logits.dtype), dprobs, dweights
 
 

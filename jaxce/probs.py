@@ -84,6 +84,8 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     p, targets, _ = classes_last(p, targets, None, axes)
     dtype = working_dtype(p.dtype)
     p = p.astype(dtype)
+    if targets.indices is None:  # used more than once: their gradients are added before they are rounded
+        targets = targets._replace(probs=targets.probs.astype(dtype))
     like = jnp.sum(p, -1)
     unused = unused_examples(targets, like, options, amounts)
     slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
@@ -94,12 +96,13 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
         idle |= unused[..., None]
         valid &= jnp.all(is_class(targets.indices, p.shape[-1]) | idle, -1)
     p = jnp.where((unused & ~valid)[..., None], jnp.ones_like(p), p)
-    p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
+    sound = jnp.where(valid | unused, 1, jnp.nan)
+    p = p * sound[..., None]  # a factor, so that the gradient of such a row is NaN too
 
     if targets.indices is not None:
         target = _surprise(pick(p, targets.indices), idle)
     else:
-        t = targets.probs.astype(dtype)
+        t = targets.probs
         if amounts.class_weights is not None:
             t = t * jnp.broadcast_to(amounts.class_weights, t.shape)
         target = jnp.sum(times(t, _surprise(p, (t == 0) | unused[..., None])), -1)
@@ -107,7 +110,7 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     if options.label_smoothing:
         v = jnp.ones_like(p) if amounts.class_weights is None else jnp.broadcast_to(amounts.class_weights, p.shape)
         smoothing = jnp.sum(times(v, _surprise(p, (v == 0) | unused[..., None])), -1)
-    terms = Terms(jnp.zeros_like(like), target, smoothing)
+    terms = Terms(jnp.zeros_like(like) * sound, target, smoothing)
     return cast(Array, compose(terms, targets, p.shape[-1], amounts, options))
 
 

@@ -67,6 +67,11 @@ def shard_start(size: int, axes: AxisNames) -> Array | int:
     return lax.axis_index(axes) * size if axes else 0
 
 
+def on_this_device(indices: Array, size: int, axes: AxisNames) -> Array:
+    """Class indices as seen from this device, whose first of `size` classes is 0."""
+    return indices - jnp.asarray(shard_start(size, axes), indices.dtype) if axes else indices
+
+
 def explicit_mesh(*arrays: Any) -> Any:
     """The mesh with Explicit axes that is in use, or that an array is sharded over; None if there is none."""
     meshes = [jax.typeof(a).sharding.mesh for a in arrays if isinstance(a, jax.Array)]

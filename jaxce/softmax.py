@@ -17,7 +17,7 @@ from jaxce.gradient import Row, factors, gradient
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import shard_count, shard_start, sum_over, vary, varying
+from jaxce.sharding import on_this_device, shard_count, shard_start, sum_over, vary, varying
 from jaxce.stats import (
     RowStats,
     Spec,
@@ -254,7 +254,7 @@ def loss_of_logits(
         by_class = weighted(probs, amounts.class_weights)
         if options.return_aux:
             logits = logits.astype(dtype)
-    indices = None if targets.indices is None else targets.indices - start
+    indices = None if targets.indices is None else on_this_device(targets.indices, logits.shape[-1], axes)
     rows = (logits, indices, by_class, amounts.class_weights, where)
     rows = vary(rows, varying(rows))
     if terms_of is softmax_terms:
@@ -316,7 +316,7 @@ def _terms_bwd(spec: Spec, residuals: tuple[Row, RowStats, Array], ct: Terms):
     row, stats, alive = residuals
     of_rows = written(factors(spec, row.indices, stats, alive, ct))
     dlogits, dprobs, dweights = gradient(spec, row, of_rows, again=not spec.axis_name)
-    return dlogits, None, dprobs, dweights, None
+    return dlogits, None, None if dprobs is None else dprobs.astype(row.probs.dtype), dweights, None
 
 
 softmax_terms.defvjp(_terms_fwd, _terms_bwd)

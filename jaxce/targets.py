@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxce import checks
 from jaxce.label_check import check_labels
 from jaxce.serialization import serializable
-from jaxce.sharding import AxisNames, explicitly_sharded, shard_start, sum_over
+from jaxce.sharding import AxisNames, explicitly_sharded, on_this_device, sum_over
 from jaxce.stats import working_dtype
 
 
@@ -134,22 +134,22 @@ def entry_probs(targets: Targets, ignore_index: int | None) -> Array | None:
     return jnp.where(targets.indices == ignore_index, jnp.zeros_like(probs), probs)
 
 
+def is_class(indices: Array, num_classes: int) -> Array:
+    return (indices >= 0) & (indices < num_classes)
+
+
 def class_weight_at(class_weights: Array, indices: Array, axis_name: AxisNames = ()) -> Array:
     """`class_weights [V]` at `indices [..., K]`; arbitrary for an index outside the classes."""
     if explicitly_sharded(class_weights, indices):
         classes = lax.broadcasted_iota(indices.dtype, (*indices.shape, class_weights.size), indices.ndim)
         hit = (classes == indices[..., None]).astype(class_weights.dtype)
         return jnp.sum(hit * jnp.broadcast_to(class_weights, hit.shape), -1)
-    local = indices - shard_start(class_weights.size, axis_name)
+    local = on_this_device(indices, class_weights.size, axis_name)
     found = jnp.take(class_weights, local, mode="clip")
     if not axis_name:
         return found
-    here = (local >= 0) & (local < class_weights.size)
+    here = is_class(local, class_weights.size)
     return sum_over(jnp.where(here, found, jnp.zeros_like(found)), axis_name)
-
-
-def is_class(indices: Array, num_classes: int) -> Array:
-    return (indices >= 0) & (indices < num_classes)
 
 
 def nan_where_unknown(indices: Array, num_classes: int, unused: Array) -> Array:

@@ -338,7 +338,11 @@ def draw(seed: int, index: int) -> Case:
         else:
             z = z + offset
             z[gone] = -np.inf
-        z[bad, rng.integers(V)] = value
+        column = rng.integers(V)
+        if regime == "poison" and bad.any():  # in a class that takes part
+            parts = np.flatnonzero(where.reshape(total, V)[bad][0])
+            column = parts[column % len(parts)]
+        z[bad, column] = value
         params["logits"] = np.moveaxis(z.reshape(*lead, *batch, V), -1, axis if axis < 0 else axis + len(lead)).astype(
             main_dtype
         )
@@ -939,6 +943,7 @@ def second_derivatives(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         ends[i] = there.grads
     # Differences err by eps/h of the gradient and by h⁴: far less than float32 does, and more than float64.
     error_2 = error_2 + (curved + size) * 1e-9
+    error = error + dz_size * 1e-9
     bounds: dict[str, np.ndarray] = {}
     if case.function == "linear":
         sum_v, sum_n = (V + 4) * eps, (N + 4) * eps

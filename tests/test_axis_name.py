@@ -198,6 +198,43 @@ def test_nothing_counts(rng, kind, reduction):
         np.testing.assert_array_equal(grads[name], 0, err_msg=name)
 
 
+@pytest.mark.parametrize("label", [-1, V])
+def test_no_class_weight_hides_a_label_that_is_no_class(rng, label):
+    """In a shard_map and on an Explicit mesh: NaN, though none of the devices has that class, or a weight for it."""
+    z, labels = rng.normal(size=(2, V)).astype(np.float32), np.array([3, label])
+    weights = rng.uniform(1, 2, V).astype(np.float32)
+
+    def loss(z, labels, weights, **options):
+        return softmax_cross_entropy(z, labels, class_weights=weights, z_loss=0.1, **options)
+
+    split = functools.partial(loss, axis_name="v")
+    mapped = jax.shard_map(split, mesh=mesh_of(4), in_specs=(P(None, "v"), P(), P("v")), out_specs=P())
+    np.testing.assert_array_equal(np.isnan(jax.jit(mapped)(z, labels, weights)), [False, True])
+    mesh = mesh_of(4, kind=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(z, NamedSharding(mesh, P(None, "v")))
+        np.testing.assert_array_equal(np.isnan(jax.jit(loss)(placed, labels, weights)), [False, True])
+
+
+def test_labels_of_64_bits(rng, x64):
+    """Without a promotion of integers, which strict rules refuse."""
+    h, k = rng.normal(size=(5, 3)), rng.normal(size=(3, V))
+    labels, options = rng.integers(0, V, 5), {"class_weights": rng.uniform(1, 2, V), "reduction": "mean"}
+    assert labels.dtype == np.int64
+    losses = [lambda h, k, y, **o: softmax_cross_entropy(h @ k, y, **o)]
+    losses += [functools.partial(linear_cross_entropy, mode=mode) for mode in MODES]
+    for loss in losses:
+
+        def split(h, k, y, w, loss=loss):
+            return loss(h, k, y, class_weights=w, reduction="mean", axis_name="v")
+
+        in_specs = (P(), P(None, "v"), P(), P("v"))
+        mapped = jax.shard_map(split, mesh=mesh_of(4), in_specs=in_specs, out_specs=P())
+        got = jax.jit(jax.value_and_grad(mapped, (0, 1)))(h, k, labels, options["class_weights"])
+        wanted = jax.value_and_grad(functools.partial(loss, **options), (0, 1))(h, k, labels)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), got, wanted)
+
+
 def test_prediction_is_the_first_of_equals(rng):
     z = np.round(2 * rng.normal(size=(40, V))).astype(np.float32)
     labels = np.zeros(40, np.int32)

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="needs the extra: examples")
 pytest.importorskip("tokenizers", reason="needs the extra: examples")
 from flax import nnx
+from jax.sharding import AxisType
 from matplotlib.image import imread
 from rich.console import Console
 
@@ -486,6 +487,24 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, folder, capfd, monkeypa
     # A few steps of Adam, whose first ones amplify the rounding of gradients.
     np.testing.assert_allclose(rows["2"], rows["1"], rtol=1e-4)
     assert rows["1"][0] != rows["1"][-1]
+
+
+def test_a_step_is_compiled_once(dataset):
+    mesh = jax.make_mesh((2,), ("vocabulary",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    trainer = language_model.Trainer(dataset, make_settings(), mesh)
+    trainer.train_step(1)
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        trainer.train_step(2)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
 
 
 def test_a_table_that_cannot_be_split(dataset):

@@ -78,6 +78,13 @@ def dense(arguments: dict[str, Any], **options: Any):
     return softmax_cross_entropy(logits, rest.pop("targets"), **rest, **options)
 
 
+def from_probs(arguments: dict[str, Any], **options: Any):
+    """The loss of the probabilities, without a z-loss."""
+    rest = {name: x for name, x in arguments.items() if name not in ("hidden", "kernel", "bias", "z_loss")}
+    logits = arguments["hidden"] @ arguments["kernel"]
+    return jaxce.cross_entropy_from_probs(jax.nn.softmax(logits), rest.pop("targets"), **rest, **options)
+
+
 def floats(arguments: dict[str, Any]) -> dict[str, Any]:
     """The differentiable part."""
     parts = {name: x for name, x in arguments.items() if name != "targets"}
@@ -783,16 +790,18 @@ def test_products_of_every_dtype_run_and_are_rounded_once(rng, dtypes):
             oracle.assert_within(g, value, bound + 1.01 * rounded, f"{mode} {vocab_axis} {option} {name}")
 
 
-@pytest.mark.parametrize("loss", [*MODES, "dense"])
-@pytest.mark.parametrize("kind", ["probs", "sparse"])
+@pytest.mark.parametrize("loss", [*MODES, "dense", "from probs"])
+@pytest.mark.parametrize("kind", ["probs", "probs alone", "sparse"])
 @pytest.mark.parametrize(("narrow", "wide"), [("bfloat16", "float32"), ("float32", "float64")])
 def test_narrow_gradients_of_targets_weights_and_amounts_are_rounded_once(rng, loss, kind, narrow, wide):
     """Against those of the same numbers in the working dtype, scaled by a number that is no power of two."""
     with jax.enable_x64(wide == "float64"), jax.numpy_dtype_promotion("standard"), blocks(loss):
-        args = arguments(rng, kind)
+        args = arguments(rng, kind.split()[0])
+        if "alone" in kind:
+            del args["class_weights"]
         factors = {name: args[name].astype(wide) for name in ("hidden", "kernel", "bias")}
         parts = jax.tree.map(lambda x: jnp.asarray(x, narrow), floats(args)) | factors
-        f, cotangents = dense if loss == "dense" else fused, [np.dtype(wide).type(0.3)]
+        f, cotangents = {"dense": dense, "from probs": from_probs}.get(loss, fused), [np.dtype(wide).type(0.3)]
         (_, _, got), (_, _, wanted) = (
             outputs_and_gradients(f, joined(p, args), cotangents, reduction="mean")
             for p in (parts, jax.tree.map(lambda x: x.astype(wide), parts))

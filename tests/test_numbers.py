@@ -149,6 +149,67 @@ def test_index_labels_eagerly_and_one_by_one(rng, enable, dtype):
     check_index(logits[2:3], labels[2:3], loss[None], gradient[None], what="one example")
 
 
+WRONG = {  # the second row; what is given for it, and a weight of 0 that it has in the loss
+    "label, class weight": ([0.1, 0.2, 0.7], 3, {"class_weights": np.array([0, 1, 0], np.float32)}),
+    "negative label, class weight": ([0.1, 0.2, 0.7], -1, {"class_weights": np.array([0, 1, 0], np.float32)}),
+    "label, smoothing": ([0.1, 0.2, 0.7], 100, {"label_smoothing": 1.0}),
+    "NaN, probability": ([0.1, np.nan, 0.7], 2, {}),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("kind", ["index", "probs", "sparse"])
+@by_implementation
+def test_no_factor_of_0_hides_what_is_wrong_with_a_row(implementation, kind, wrong):
+    """Loss and gradient are NaN there for each of the losses, and in that row alone."""
+    second, label, options = WRONG[wrong]
+    labels, shares = np.array([1, label]), np.array([1, "probability" not in wrong], np.float32)
+    if kind == "probs" and label not in range(3):
+        pytest.skip("there is no label")
+    targets = {
+        "index": labels,
+        "probs": shares[:, None] * np.eye(3, dtype=np.float32)[labels % 3],
+        "sparse": jaxce.SparseTargets(labels[:, None], shares[:, None]),
+    }[kind]
+    linear = functools.partial(jaxce.linear_cross_entropy, kernel=jnp.eye(3), targets=targets, **options)
+    losses = [
+        lambda z: jaxce.softmax_cross_entropy(z, targets, implementation=implementation, **options),
+        lambda z: jaxce.cross_entropy_from_probs(z, targets, **options),
+        lambda z: linear(z, implementation=implementation),
+        lambda z: linear(z, implementation=implementation, return_aux=True)[1].nll,
+    ]
+    for loss in losses:
+        values, back = jax.vjp(loss, jnp.array([[0.1, 0.2, 0.7], second]))
+        np.testing.assert_array_equal(np.isnan(values), [False, True])
+        np.testing.assert_array_equal(np.isnan(back(jnp.ones(2))[0]), [[False] * 3, [True] * 3])
+
+
+@by_implementation
+@pytest.mark.parametrize("kind", ["index", "probs", "sparse"])
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_a_masked_class_may_hold_anything(implementation, kind, cap, rng):
+    """Value and gradient are as if it held 0; its own gradient is 0."""
+    where = np.array([True, False, True, True])
+    z = rng.normal(size=(5, 4)).astype(np.float32)
+    p = np.where(where, rng.dirichlet(np.ones(4), 5), 0).astype(np.float32)
+    labels = np.array([0, 2, 3, 0, 2])
+    targets = {"index": labels, "probs": p, "sparse": jaxce.SparseTargets(labels[:, None], p[:, :1])}[kind]
+    options = {"where": where, "logit_softcap": cap, "label_smoothing": 0.1, "z_loss": 0.01}
+
+    @jax.jit
+    def loss_and_gradient(z):
+        return jax.value_and_grad(
+            lambda z: jaxce.softmax_cross_entropy(z, targets, reduction="sum", implementation=implementation, **options)
+        )(z)
+
+    wanted = loss_and_gradient(np.where(where, z, 0).astype(np.float32))
+    for held in np.nan, np.inf, -np.inf, 1e30:
+        loss, gradient = loss_and_gradient(np.where(where, z, np.float32(held)))
+        np.testing.assert_array_equal(loss, wanted[0], err_msg=str(held))
+        np.testing.assert_array_equal(gradient, wanted[1], err_msg=str(held))
+    np.testing.assert_array_equal(wanted[1][:, 1], 0)
+
+
 @by_implementation
 @pytest.mark.parametrize(
     ("dtype", "num_classes"),

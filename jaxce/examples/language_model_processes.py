@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxce.examples.language_model_network import LanguageModel
@@ -58,3 +58,13 @@ def place(model: LanguageModel, mesh: Mesh) -> None:
     for variable in jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)):
         spec = TABLE if variable[...] is table[...] else P()
         variable[...] = jax.device_put(variable[...], NamedSharding(mesh, spec))
+
+
+def place_rest(optimizer: nnx.Optimizer, mesh: Mesh) -> None:
+    """Copy to all devices what was made on one of them, the optimizer's counters.
+
+    The first step would leave them there, and the second one be compiled again for it.
+    """
+    for variable in jax.tree.leaves(nnx.state(optimizer), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        if isinstance(variable[...].sharding, SingleDeviceSharding):
+            variable[...] = jax.device_put(variable[...], NamedSharding(mesh, P()))

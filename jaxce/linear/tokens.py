@@ -8,7 +8,7 @@ from jax import Array
 
 from jaxce.compose import Amounts, Options
 from jaxce.linear.vocabulary import Inputs
-from jaxce.sharding import AxisNames, shard_start, vary, varying
+from jaxce.sharding import AxisNames, on_this_device, vary, varying
 from jaxce.targets import Targets
 
 
@@ -66,12 +66,12 @@ def vary_by_kind(tokens: Tokens, shared: Shared, axis_name: AxisNames) -> tuple[
 
 def inputs_of(tokens: Tokens, shared: Shared, vocab_axis: int, options: Options) -> Inputs:
     dense = tokens.indices is None
-    start = shard_start(shared.kernel.shape[vocab_axis], options.axis_name)
+    V = shared.kernel.shape[vocab_axis]
     return Inputs(
         tokens.hidden,
         shared.kernel,
         shared.bias,
-        None if dense else tokens.indices - start,
+        None if dense else on_this_device(tokens.indices, V, options.axis_name),
         tokens.probs if dense else None,
         shared.class_weights if dense else None,
         shared.class_weights if options.label_smoothing else None,
