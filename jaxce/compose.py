@@ -177,7 +177,7 @@ def compose(
     unused = unused_examples(targets, like, options, amounts, participating)
     terms = jax.tree.map(lambda x: _zero_if_too_large(x, unused), terms)
 
-    sound = jnp.where(jnp.isnan(terms.log_normalizer) & (weight != 0), jnp.nan, ones)
+    known = jnp.ones_like(ones[..., None])
     if targets.indices is None:
         target = terms.target
         nll = target if unweighted is None else _zero_if_too_large(unweighted, unused)
@@ -185,7 +185,6 @@ def compose(
         idle = unused[..., None] if probs is None else unused[..., None] | (probs == 0)
         known = nan_where_unknown(targets.indices, num_classes, idle).astype(dtype)
         surprise = terms.target * known
-        sound = sound * jnp.prod(known, -1)
         probs = jnp.ones_like(surprise) if probs is None else probs.astype(dtype)
         nll = jnp.sum(times(probs, surprise), -1)
         target = nll
@@ -202,8 +201,10 @@ def compose(
         lse = jnp.where(jnp.isfinite(lse), lse, lax.stop_gradient(lse))
         loss = loss + times(amounts.z_loss, lse * lse)
     zero = jnp.zeros_like(loss)
-    # No 0 that a term is multiplied with hides what is wrong with a row, and its gradient is NaN as well.
-    loss, nll = (x * sound + terms.log_normalizer * (sound - 1) for x in (loss, nll))
+    if options.label_smoothing or targets.probs is not None or amounts.class_weights is not None:
+        # No 0 that a term was multiplied with hides what is wrong with a row, and its gradient is NaN as well.
+        sound = jnp.where(jnp.isnan(terms.log_normalizer) & (weight != 0), jnp.nan, jnp.prod(known, -1))
+        loss, nll = (x * sound + terms.log_normalizer * (sound - 1) for x in (loss, nll))
     loss = jnp.where(counted, weights * loss, zero)
     reduced = reduce(loss, weight, counted, options)
     if not options.return_aux:
