@@ -204,7 +204,7 @@ def compose(
     if options.label_smoothing or targets.probs is not None or amounts.class_weights is not None:
         # No 0 that a term was multiplied with hides what is wrong with a row, and its gradient is NaN as well.
         sound = jnp.where(jnp.isnan(terms.log_normalizer) & (weight != 0), jnp.nan, jnp.prod(known, -1))
-        loss, nll = (x * sound + terms.log_normalizer * (sound - 1) for x in (loss, nll))
+        loss, nll = (x * sound + times(sound - 1, terms.log_normalizer) for x in (loss, nll))
     loss = jnp.where(counted, weights * loss, zero)
     reduced = reduce(loss, weight, counted, options)
     if not options.return_aux:
