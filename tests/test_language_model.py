@@ -473,6 +473,7 @@ def test_says_before_training_that_results_cannot_be_written(tmp_path, folder, c
 @pytest.mark.slow
 def test_two_processes_follow_the_curve_of_one(tmp_path, folder, capfd, monkeypatch):
     """Each with half of the table; the first alone prints and writes."""
+    assert len(jax.devices()) > 1  # of this process, and so for the tests to come
     monkeypatch.delenv("XLA_FLAGS")  # one device in each of them, not eight
     arguments = ["--data", str(folder), "--tokens", "bytes", "--steps", "6", "--layers", "1", "--width", "32"]
     arguments += ["--context", "16", "--batch-size", "2"]
