@@ -177,7 +177,6 @@ def compose(
     unused = unused_examples(targets, like, options, amounts, participating)
     terms = jax.tree.map(lambda x: _zero_if_too_large(x, unused), terms)
 
-    known = jnp.ones_like(ones[..., None])
     if targets.indices is None:
         target = terms.target
         nll = target if unweighted is None else _zero_if_too_large(unweighted, unused)
@@ -201,9 +200,9 @@ def compose(
         lse = jnp.where(jnp.isfinite(lse), lse, lax.stop_gradient(lse))
         loss = loss + times(amounts.z_loss, lse * lse)
     zero = jnp.zeros_like(loss)
-    if options.label_smoothing or targets.probs is not None or amounts.class_weights is not None:
-        # No 0 that a term was multiplied with hides what is wrong with a row, and its gradient is NaN as well.
-        sound = jnp.where(jnp.isnan(terms.log_normalizer) & (weight != 0), jnp.nan, jnp.prod(known, -1))
+    if targets.indices is not None and (options.label_smoothing or amounts.class_weights is not None):
+        # No 0 that a term was multiplied with hides a label that is no class, and its gradient is NaN as well.
+        sound = jnp.prod(known, -1)
         loss, nll = (x * sound + times(sound - 1, terms.log_normalizer) for x in (loss, nll))
     loss = jnp.where(counted, weights * loss, zero)
     reduced = reduce(loss, weight, counted, options)

@@ -96,8 +96,7 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
         idle |= unused[..., None]
         valid &= jnp.all(is_class(targets.indices, p.shape[-1]) | idle, -1)
     p = jnp.where((unused & ~valid)[..., None], jnp.ones_like(p), p)
-    sound = jnp.where(valid | unused, 1, jnp.nan)
-    p = p * sound[..., None]  # a factor, so that the gradient of such a row is NaN too
+    p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
 
     if targets.indices is not None:
         target = _surprise(pick(p, targets.indices), idle)
@@ -110,7 +109,7 @@ def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...]
     if options.label_smoothing:
         v = jnp.ones_like(p) if amounts.class_weights is None else jnp.broadcast_to(amounts.class_weights, p.shape)
         smoothing = jnp.sum(times(v, _surprise(p, (v == 0) | unused[..., None])), -1)
-    terms = Terms(jnp.zeros_like(like) * sound, target, smoothing)
+    terms = Terms(jnp.zeros_like(like), target, smoothing)
     return cast(Array, compose(terms, targets, p.shape[-1], amounts, options))
 
 
