@@ -162,11 +162,8 @@ WRONG = {  # the second row and its label; what is given for it, and a weight of
 def test_no_factor_of_0_hides_what_is_wrong_with_a_row(implementation, kind, wrong):
     """Loss and gradient are NaN there for each of the losses, and in that row alone."""
     second, label, options = WRONG[wrong]
-    labels, shares = np.array([1, label]), np.ones(2, np.float32)
-    targets = {
-        "index": labels,
-        "sparse": jaxce.SparseTargets(labels[:, None], shares[:, None]),
-    }[kind]
+    labels = np.array([1, label])
+    targets = labels if kind == "index" else jaxce.SparseTargets(labels[:, None], np.ones((2, 1), np.float32))
     linear = functools.partial(jaxce.linear_cross_entropy, kernel=jnp.eye(3), targets=targets, **options)
     losses = [
         lambda z: jaxce.softmax_cross_entropy(z, targets, implementation=implementation, **options),
