@@ -102,11 +102,11 @@ def inputs(cell: Cell) -> Args:
     return hidden, 3 / cell.d**0.5 * jax.random.normal(keys[1], (cell.d, cell.v), cell.dtype), labels
 
 
-def problem_of(cell: Cell, **options: Any) -> costs.Problem:
+def problem_of(cell: Cell) -> costs.Problem:
     n, d, v = cell.n, cell.d, cell.v
     shapes = [jax.ShapeDtypeStruct(shape, cell.dtype) for shape in ((n, d), (d, v))]
     labels = jax.ShapeDtypeStruct((n,), jnp.int32)
-    return jaxce.linear.problem_of(hidden=shapes[0], kernel=shapes[1], targets=labels, reduction="mean", **options)
+    return jaxce.linear.problem_of(hidden=shapes[0], kernel=shapes[1], targets=labels, reduction="mean")
 
 
 def modelled(cell: Cell, mode: str, block_n: int, block_v: int, kind: str) -> dict[str, float]:

@@ -144,10 +144,10 @@ class Trainer:
             tokens = data.tokenizer.vocab_size
             if tokens % mesh.size:
                 raise UsageError(f"--processes: expected a number that divides the {tokens} tokens, got {mesh.size}.")
-            language_model_processes.place(self.model, mesh)
+            language_model_processes.place(self.model, mesh, self.model.embedding.embedding)
         self.optimizer = make_optimizer(self.model, settings)
         if mesh is not None:
-            language_model_processes.place_rest(self.optimizer, mesh)
+            language_model_processes.place(self.optimizer, mesh)
         loss = make_loss(settings.loss, settings.mode, mesh)
         self._train_step = make_train_step(loss)
         self._test_step = make_test_step(loss)

@@ -11,8 +11,6 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxce.examples.language_model_network import LanguageModel
-
 AXIS = "vocabulary"
 TABLE = P(AXIS)
 
@@ -52,19 +50,12 @@ def make_mesh() -> Mesh | None:
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def place(model: LanguageModel, mesh: Mesh) -> None:
-    """Give each device its share of the table, and a copy of everything else."""
-    table = model.embedding.embedding
-    for variable in jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable)):
-        spec = TABLE if variable[...] is table[...] else P()
-        variable[...] = jax.device_put(variable[...], NamedSharding(mesh, spec))
+def place(module: nnx.Module | nnx.Optimizer, mesh: Mesh, table: nnx.Variable | None = None) -> None:
+    """Give each device its share of the table, and a copy of everything else that was made on one of them.
 
-
-def place_rest(optimizer: nnx.Optimizer, mesh: Mesh) -> None:
-    """Copy to all devices what was made on one of them, the optimizer's counters.
-
-    The first step would leave them there, and the second one be compiled again for it.
+    That includes an optimizer's counters: left there, they would make the second step another program than the first.
     """
-    for variable in jax.tree.leaves(nnx.state(optimizer), is_leaf=lambda x: isinstance(x, nnx.Variable)):
+    for variable in jax.tree.leaves(nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable)):
         if isinstance(variable[...].sharding, SingleDeviceSharding):
-            variable[...] = jax.device_put(variable[...], NamedSharding(mesh, P()))
+            spec = TABLE if table is not None and variable[...] is table[...] else P()
+            variable[...] = jax.device_put(variable[...], NamedSharding(mesh, spec))

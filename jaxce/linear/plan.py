@@ -245,6 +245,7 @@ def _plans(problem: Problem, mode: str, platform: str, kind: str, scale: int = 1
     modelled = platform == "gpu" and isinstance(N, int)
     card = chips.gpu(kind)
     bytes_of = costs.recompute_bytes if mode == "recompute" else costs.store_bytes
+    blocks = _every_block(problem, mode) if modelled else _preferred_blocks(problem, mode, platform, scale)
     return [
         LinearPlan(
             shape=(N, D, V),
@@ -259,7 +260,7 @@ def _plans(problem: Problem, mode: str, platform: str, kind: str, scale: int = 1
             device=card.name if modelled else "",
             predicted_seconds=costs.on_gpu(problem, mode, block_n, block_v, card).seconds if modelled else None,
         )
-        for block_n, block_v in (_every_block if modelled else _preferred_blocks)(problem, mode, platform, scale)
+        for block_n, block_v in blocks
     ]
 
 
@@ -274,7 +275,7 @@ def _preferred_blocks(problem: Problem, mode: str, platform: str, scale: int) ->
     return [(n, _sizes(V, target, _LANES)[0]) for n, target in zip(sizes, part, strict=True)]
 
 
-def _every_block(problem: Problem, mode: str, *_: Any) -> list[tuple[int, int]]:
+def _every_block(problem: Problem, mode: str) -> list[tuple[int, int]]:
     """Not "store" in parts of rows, which reads and writes twice as much."""
     if mode == "store":
         return [(block_n, problem.V) for block_n in _sizes(problem.N, problem.N, 8)]
