@@ -8,6 +8,7 @@ NOTEBOOK_ARGS ?=
 MUTANT_ARGS ?= --count 100 --seed 0
 DOCS ?= build/docs
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 READY := $(VENV)/.ready
 PEERS_VENV ?= .venv-peers
 
@@ -15,7 +16,7 @@ PEERS_VENV ?= .venv-peers
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo data test fuzz peers mutants lint bench docs notebooks clean
+.PHONY: demo data test test-slow fuzz peers mutants lint bench docs notebooks clean
 
 demo: $(READY) data  ## train a convolutional network on CIFAR-10 with jaxce's loss
 	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
@@ -24,8 +25,11 @@ data: $(READY)
 	@if [ -f ../shared/cifar10/unpack.py ] && [ ! -d $(DATA)/cifar-10-batches-bin ]; then \
 		$(BIN)/python ../shared/cifar10/unpack.py $(DATA); fi
 
-test: $(READY)  ## all tests, doctests and README examples included
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+test: $(READY)  ## every module, doctests and README examples included (minutes)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)  ## what that leaves out: random cases, programs for TPU, losses of several processes
+	$(PYTEST) -m slow
 
 fuzz: $(READY)  ## random cases of every loss against float64; FUZZ_ARGS="--seed 7 --cases 500" for others
 	$(BIN)/python -m tests.sweep $(FUZZ_ARGS)

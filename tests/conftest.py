@@ -19,6 +19,14 @@ if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # tests/muta
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Programs are compiled in half the time, with few of LLVM's optimizations; tests of figures and digits say no."""
+    few = item.get_closest_marker("optimized") is None
+    if few != jax.config.values["jax_disable_most_optimizations"]:
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", few)
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20261123)

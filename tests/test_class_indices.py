@@ -67,8 +67,11 @@ def labels_of(dtype, number, wide):
     return [y, jnp.asarray(y)] if wide or dtype == "uint32" else [y]
 
 
+SOME_WIDE = [False, pytest.param(True, marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", SOME_WIDE)
 def test_a_number_too_large_for_32_bits_is_no_class(function, wide):
     """Not the class that it would wrap to, and not the ignored label either."""
     f = FUNCTIONS[function]
@@ -83,7 +86,7 @@ def test_a_number_too_large_for_32_bits_is_no_class(function, wide):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("wide", SOME_WIDE)
 def test_it_can_be_the_ignored_label(function, wide):
     f = FUNCTIONS[function]
     with jax.enable_x64(wide):

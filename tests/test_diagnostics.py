@@ -376,7 +376,7 @@ def assert_alike(a, b, skip=()):
 
 @given(
     seed=st.integers(0, 2**32 - 1),
-    cuts=st.lists(st.integers(0, 24), min_size=2, max_size=2),
+    cuts=st.lists(st.sampled_from([0, 5, 12, 24]), min_size=2, max_size=2),  # few sizes to compile for
     ties=st.booleans(),
 )
 @settings(max_examples=25, deadline=None)

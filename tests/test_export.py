@@ -60,8 +60,10 @@ def shapes(tree, length):
     )
 
 
-@pytest.mark.parametrize("symbolic", [False, True])
-@pytest.mark.parametrize(("loss", "kind"), KINDS)
+@pytest.mark.parametrize(
+    ("loss", "kind", "symbolic"),
+    [(*case, True) for case in KINDS] + [("dense", "sparse", False), ("linear", "probs", False)],
+)
 def test_value_and_gradients_after_a_round_trip(loss, kind, symbolic):
     step = jax.jit(jax.value_and_grad(LOSSES[loss], (0, 1, 3)))
     arguments = HIDDEN, KERNEL, TARGETS[kind], WEIGHTS

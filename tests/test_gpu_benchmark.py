@@ -91,6 +91,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", BROKEN)
 def test_the_check_notices(fault, monkeypatch, capsys):
     name, broken, expected = BROKEN[fault]

@@ -15,6 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 import jaxce
 from jaxce import SparseTargets, linear_cross_entropy, plan_linear_cross_entropy
 from jaxce.linear import plan as plans
+from tests.pairwise import pairwise
 
 ON = {
     kind: AbstractMesh((1,), ("i",), abstract_device=AbstractDevice(device_kind=kind, num_cores=1, platform=platform))
@@ -54,9 +55,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["recompute", "store"])
-@pytest.mark.parametrize("options", CASES)
-@pytest.mark.parametrize("kind", ["index", "probs", "sparse"])
+@pytest.mark.parametrize(
+    ("options", "kind", "mode"), pairwise(CASES, ["index", "probs", "sparse"], ["recompute", "store"])
+)
 def test_predicted_memory_is_an_upper_bound(mode, options, kind):
     arrays = shapes(N, 64, 8000, kind=kind)
     chosen = {"reduction": "mean", "mode": mode, **CASES[options]}

@@ -66,14 +66,16 @@ def blocks_of(plan) -> tuple[str, int, int]:
 
 
 def test_the_fastest_is_chosen(timed_as):
-    plan, found = timed_as(lambda i, _: 0.1 if i == 3 else 0.2 + 0.01 * i)
+    plan, found = timed_as(lambda i, _: 0.1 if i == 3 else 0.135 + 0.01 * i)
     assert blocks_of(plan) == blocks_of(found[3]) == blocks_of(plan.timings[0])
     assert plan == dataclasses.replace(found[3], timings=plan.timings)
     assert {blocks_of(t) for t in plan.timings} == set(map(blocks_of, found))
     assert {p.mode for p in found} == {"recompute", "store"}
     assert plan.timings[0].seconds == pytest.approx(0.1)
     assert {t.note for t in plan.timings[1:]} == {"slower"}
-    assert all(t.runs == 2 for t in plan.timings[1:])  # and no more of what is slower by so much
+    for t in plan.timings[1:]:  # no more of what is slower by so much
+        assert t.runs == (1 if t.seconds > 0.15 else 2)
+    assert {t.runs for t in plan.timings[1:]} == {1, 2}
     assert plan.timings[0].runs > 40  # until the time is up
 
 
@@ -116,8 +118,8 @@ def test_a_budget(timed_as):
     assert next(t.note for t in plan.timings if blocks_of(t) == blocks_of(found[0])) == "needs more than the budget"
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_it_times_programs(reduction, rng):
+@pytest.mark.parametrize(("reduction", "mode"), [("none", None), ("mean", "store")])
+def test_it_times_programs(reduction, mode, rng):
     """Real ones, with every kind of argument, given or described."""
     options = {
         "targets": SparseTargets(rng.integers(0, 700, (40, 3)), jax.ShapeDtypeStruct((40, 3), jnp.float32)),
@@ -130,10 +132,11 @@ def test_it_times_programs(reduction, rng):
     }
     kernel = jax.ShapeDtypeStruct((700, 8), jnp.bfloat16)
     hidden = jnp.asarray(rng.normal(size=(40, 8)), jnp.bfloat16)
-    plan = tune_linear_cross_entropy(hidden, kernel, reduction=reduction, seconds=0.01, **options)
+    plan = tune_linear_cross_entropy(hidden, kernel, reduction=reduction, mode=mode, seconds=0.01, **options)
     assert plan.shape == (40, 8, 700)
-    assert all(t.runs >= 2 and t.seconds > 0 for t in plan.timings)
-    assert {t.mode for t in plan.timings} == ({"recompute"} if reduction == "none" else {"recompute", "store"})
+    assert all(t.runs >= 2 or t.note == "slower" for t in plan.timings)
+    assert all(t.seconds > 0 for t in plan.timings)
+    assert {t.mode for t in plan.timings} == {mode or "recompute"}
     in_race = [t for t in plan.timings if not t.note]
     chosen = next(t for t in in_race if blocks_of(t) == blocks_of(plan))
     assert chosen.seconds <= 1.03 * min(t.seconds for t in in_race)

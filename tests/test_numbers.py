@@ -17,6 +17,7 @@ from oracle import Cotangents, Problem, assert_within, half_ulp, lower
 
 import jaxce
 from jaxce import lookup, stats, sums
+from tests.pairwise import pairwise
 
 IMPLEMENTATIONS = [None, "autodiff"]
 F32 = np.finfo(np.float32)
@@ -118,6 +119,7 @@ def check_index(logits, labels, loss, gradient, *, looser=False, what=""):
     assert not np.any(g[(lower(exact_gradient) == 0)]), "an entry that is 0 exactly"
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("implementation", "dtype", "num_classes"),
     [(None, jnp.float32, v) for v in (1, 2, 3, 10, 33, 257, 1000, 2500)]
@@ -156,9 +158,7 @@ WRONG = {  # the second row and its label; what is given for it, and a weight of
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("kind", ["index", "sparse"])
-@by_implementation
+@pytest.mark.parametrize(("wrong", "kind", "implementation"), pairwise(WRONG, ["index", "sparse"], IMPLEMENTATIONS))
 def test_no_factor_of_0_hides_what_is_wrong_with_a_row(implementation, kind, wrong):
     """Loss and gradient are NaN there for each of the losses, and in that row alone."""
     second, label, options = WRONG[wrong]
@@ -203,6 +203,7 @@ def test_a_masked_class_may_hold_anything(implementation, kind, cap, rng):
     np.testing.assert_array_equal(wanted[1][:, 1], 0)
 
 
+@pytest.mark.optimized
 @by_implementation
 @pytest.mark.parametrize(
     ("dtype", "num_classes"),
@@ -567,6 +568,7 @@ def dense_cases(rng: np.random.Generator, num_classes: int, dtype) -> tuple[np.n
     return logits, t.astype(dtype)
 
 
+@pytest.mark.optimized
 @by_implementation
 @pytest.mark.parametrize(
     ("dtype", "num_classes"),
@@ -655,6 +657,7 @@ def pull_back(arguments, indices, cotangents, implementation, only=None):
     return values, pull(tuple(cotangents) if only is None else (cotangents[OUTPUTS.index(only)],))[0]
 
 
+@pytest.mark.optimized
 @by_implementation
 @by_kind
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64], ids=named)

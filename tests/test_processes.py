@@ -8,7 +8,6 @@ import sys
 
 import jax
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxce
@@ -57,7 +56,6 @@ def work(address, index, path):
     jax.distributed.shutdown()
 
 
-@pytest.mark.slow
 def test_loss_and_gradients_of_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

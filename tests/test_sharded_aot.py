@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("libtpu", reason="the TPU compiler is in libtpu")
 from benchmarks import hlo, sharded
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.optimized, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def test_memory_beside_optax(figures):
     """Its program holds each chip's share of the logits."""
     for v in sharded.CLASSES:
         assert figures("jaxce", *sharded.SLICES[0], v)["temp_bytes"] <= 1e6
-        assert figures("optax", *sharded.SLICES[0], v)["temp_bytes"] >= 2 * sharded.N * v / 16
+    v = sharded.CLASSES[0]
+    assert figures("optax", *sharded.SLICES[0], v)["temp_bytes"] >= 2 * sharded.N * v / 16
 
 
 def test_a_batch_axis_adds_the_gradient_of_the_kernel(figures):

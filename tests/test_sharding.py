@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxce
 from benchmarks import hlo
 from jaxce import CrossEntropyAux, SparseTargets, softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
+from tests.pairwise import pairwise
 
 EPS = float(np.finfo(np.float32).eps)
 RTOL = 32 * EPS  # two computations, each within 16 ε of the truth
@@ -127,33 +128,31 @@ def check_collectives(text, spec):
         assert sizes, "the classes are split, so something must be exchanged: is the pattern out of date?"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_auto_sharding(kind, layout, logits, mask, rng):
+@pytest.mark.parametrize(("option", "layout", "kind"), pairwise(["plain", "aux"], LAYOUTS, KINDS))
+def test_auto_sharding(kind, layout, option, logits, mask, rng):
     """The compiler decides what moves: nothing of the logits' size may."""
-    targets, all_options = make_targets(kind, rng), make_options(rng, mask)
+    targets, options = make_targets(kind, rng), make_options(rng, mask)[option]
     mesh, spec = mesh_of(AxisType.Auto), LAYOUTS[layout]
-    for name in ("plain", "aux"):
-        options = all_options[name]
-        compiled, arguments = compiled_with_arrays(*place(mesh, spec, logits, targets, options))
-        outputs, grad = compiled(*arguments)
-        check((outputs, grad), loss_and_gradient(logits, targets, options))
-        check_collectives(compiled.as_text(), spec)
-        assert grad.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+    compiled, arguments = compiled_with_arrays(*place(mesh, spec, logits, targets, options))
+    outputs, grad = compiled(*arguments)
+    check((outputs, grad), loss_and_gradient(logits, targets, options))
+    check_collectives(compiled.as_text(), spec)
+    assert grad.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
 
 
-# Every option with both axes split, and what uses most of the code in the other layouts.
-COMBINATIONS = [(option, "both") for option in OPTIONS]
-COMBINATIONS += [(option, layout) for option in ("plain", "aux") for layout in ("batch", "classes")]
+def has_labels_to_ignore(option: str, kind: str, *_: str) -> bool:
+    return (option, kind) != ("ignored", "probs")
 
 
-@pytest.mark.parametrize(("option", "layout"), COMBINATIONS)
-@pytest.mark.parametrize("kind", KINDS)
+# The two numbers of sparse targets are looked up differently, and nothing else.
+COMBINATIONS = pairwise(OPTIONS, ["index", "sparse 2", "probs"], LAYOUTS, allowed=has_labels_to_ignore)
+COMBINATIONS += [("plain", "sparse 12", "classes"), ("aux", "sparse 12", "both")]
+
+
+@pytest.mark.parametrize(("option", "kind", "layout"), COMBINATIONS)
 def test_explicit_sharding(kind, option, layout, logits, mask, rng):
     """Shardings are part of the types: the loss is sharded as the batch, the gradient as the logits."""
     targets, options = make_targets(kind, rng), make_options(rng, mask)[option]
-    if option == "ignored" and kind == "probs":
-        pytest.skip("there is no label in it to ignore")
     mesh, spec = mesh_of(AxisType.Explicit), LAYOUTS[layout]
     wanted = loss_and_gradient(logits, targets, options)
     with jax.set_mesh(mesh):

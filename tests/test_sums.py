@@ -17,6 +17,7 @@ import jaxce
 from jaxce import sums
 from jaxce.stats import RowStats, Spec
 
+pytestmark = pytest.mark.optimized
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 

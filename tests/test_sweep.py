@@ -12,7 +12,7 @@ import pytest
 import jaxce
 from tests import sweep
 
-SEED, CHUNKS, EACH = 20261127, 16, 10  # two seconds a case: `make fuzz` runs more
+SEED, CHUNKS, EACH = 20261127, 12, 10  # two seconds a case: `make fuzz` runs more
 FIRST = CHUNKS * EACH if jax.__version_info__ >= (0, 12) else 0  # other cases under each JAX that is tested
 
 
