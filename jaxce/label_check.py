@@ -7,14 +7,15 @@ without effects, that checkify is told how to read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import jet
-from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+
+from jaxce.primitives import Primitive
 
 MESSAGE = (
     "targets: label {label} is not one of the {num_classes} classes, 0 to num_classes-1. "
@@ -26,6 +27,7 @@ _check_p = Primitive("check_labels")
 
 def check_labels(known: Array, labels: Array, num_classes: int) -> Array:
     """`known`, which says of each label whether it is a class (or does not matter)."""
+    _register_rules()
     return _check_p.bind(known, labels, num_classes=num_classes)
 
 
@@ -37,24 +39,26 @@ _check_p.def_impl(_identity)
 _check_p.def_abstract_eval(_identity)
 mlir.register_lowering(_check_p, mlir.lower_fun(_identity, multiple_results=False))
 batching.defbroadcasting(_check_p)
-jet.jet_rules[_check_p] = functools.partial(jet.zero_prop, _check_p)
 
 
-def _checkify_rule(*args, num_classes: int):
+def _checkify_rule(internals: Any, *args: Any, num_classes: int) -> tuple[Any, Array]:
     *context, error, enabled_errors, known, labels = args  # JAX 0.12 hands on a context first
     if internals.FailedCheckError in enabled_errors and known.size:
         label = labels.reshape(-1)[jnp.argmin(known.reshape(-1))]
         failure = internals.FailedCheckError(
             internals.get_traceback(), MESSAGE, label=label, num_classes=jnp.asarray(num_classes)
         )
-        assert_func: Any = internals.assert_func
-        error = assert_func(*context, error, ~jnp.all(known), failure)
+        error = internals.assert_func(*context, error, ~jnp.all(known), failure)
     return error, known
 
 
-try:  # there is no public way to give a primitive a checkify rule
-    from jax._src import checkify as internals
+@functools.cache
+def _register_rules() -> None:
+    from jax.experimental import jet
 
-    internals.error_checks[_check_p] = _checkify_rule
-except (ImportError, AttributeError):  # pragma: no cover - then the check is silent, and such a label is NaN as ever
-    pass
+    jet.jet_rules[_check_p] = functools.partial(jet.zero_prop, _check_p)
+    # There is no public way to give a primitive a checkify rule. Without one such a label is NaN, as ever.
+    with contextlib.suppress(ImportError, AttributeError):
+        from jax._src import checkify
+
+        checkify.error_checks[_check_p] = functools.partial(_checkify_rule, checkify)

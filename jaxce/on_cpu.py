@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+
+from jaxce.primitives import Primitive
 
 Tree = TypeVar("Tree")
 

@@ -7,21 +7,22 @@ never computed: reverse mode transposes it away, and anything that would compute
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import jet
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from jaxce import checks
+from jaxce.primitives import Primitive
 
 Tree = TypeVar("Tree")
 
 
 def reverse_mode_only(tree: Tree) -> Tree:
     """The arrays themselves, which cannot be differentiated in forward mode."""
+    _register_jet_rule()
     return jax.tree.map(lambda x: _argument_p.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
@@ -42,7 +43,6 @@ for _p in _argument_p, _tangent_p:
     _p.def_abstract_eval(lambda x: x)
 batching.defvectorized(_argument_p)
 batching.primitive_batchers[_tangent_p] = _refuse
-jet.jet_rules[_argument_p] = _refuse
 _argument_p.def_impl(lambda x: x)
 mlir.register_lowering(_argument_p, mlir.lower_fun(lambda x: x, multiple_results=False))
 ad.primitive_jvps[_argument_p] = _jvp
@@ -50,3 +50,10 @@ _tangent_p.def_impl(_refuse)
 mlir.register_lowering(_tangent_p, _refuse)
 ad.primitive_transposes[_tangent_p] = lambda ct, _: [ct]
 ad.primitive_jvps[_tangent_p] = _refuse
+
+
+@functools.cache
+def _register_jet_rule() -> None:
+    from jax.experimental import jet
+
+    jet.jet_rules[_argument_p] = _refuse

@@ -1,4 +1,4 @@
-"""What the package is to someone who installs it: names, version, types, and documentation that is true."""
+"""What the package is to someone who installs it: names, version, types, a quick import, true documentation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,75 @@ def test_version():
 def test_types_are_shipped():
     """PEP 561: without this file type checkers take no notice of the annotations."""
     assert (pathlib.Path(jaxce.__file__).parent / "py.typed").is_file()
+
+
+def printed(code: str) -> str:
+    """What a fresh interpreter prints that runs it."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    root = pathlib.Path(jaxce.__file__).parents[1]
+    return subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def test_importing_jaxce_imports_little_else():
+    """Nothing that takes long beside its own modules and those of `jax.numpy`, such as Pallas, jet and checkify."""
+    code = """
+import sys, jax, jax.numpy
+before = set(sys.modules)
+import jaxce
+print(*(set(sys.modules) - before))
+"""
+    loaded = printed(code).split()
+    assert "jaxce.linear" in loaded
+    assert not [name for name in loaded if name.startswith("jaxce.diagnostics")]
+    others = {name for name in loaded if name.partition(".")[0] not in {"jaxce", *sys.stdlib_module_names}}
+    assert others <= {"jax.experimental.layout"}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import jaxce; diagnostics = jaxce.diagnostics",
+        "from jaxce import diagnostics",
+        "from jaxce import *",
+        "import jaxce.diagnostics as diagnostics",
+    ],
+)
+def test_diagnostics_are_imported_when_they_are_asked_for(statement):
+    code = f"{statement}; import jaxce; print(jaxce.diagnostics is diagnostics, diagnostics.bits.__module__)"
+    assert printed(code).split() == ["True", "jaxce.diagnostics.chance"]
+
+
+def test_other_names_are_not_there():
+    assert set(printed("import jaxce; print(*dir(jaxce))").split()) >= PUBLIC | {"diagnostics"}
+    with pytest.raises(AttributeError, match="module 'jaxce' has no attribute 'softmax_crossentropy'"):
+        jaxce.softmax_crossentropy  # noqa: B018
+
+
+def test_programs_from_before_jet_and_checkify_are_imported():
+    """Both interpret programs that JAX remembers, and does not trace again."""
+    code = """
+import jax, jax.numpy as jnp, jaxce
+
+def program(implementation):
+    return jax.jit(lambda z: jaxce.softmax_cross_entropy(z, jnp.array([0, 7]), implementation=implementation))
+
+logits = jnp.array([[1.0, 0.0], [2.0, 0.5]])
+default, plain = program(None), program("autodiff")
+default(logits), plain(logits)
+
+from jax.experimental import checkify, jet
+for f in default, plain:
+    print(checkify.checkify(f)(logits)[0].get().partition(",")[0])
+print(jet.jet(plain, (logits,), ((jnp.ones((2, 2)),),))[1][0])
+try:
+    jet.jet(default, (logits,), ((logits,),))
+except TypeError as error:
+    print(error)
+"""
+    first, second, slopes, error = printed(code).splitlines()
+    assert first == second == "targets: label 7 is not one of the 2 classes"
+    assert re.fullmatch(r"\[-?0\. +nan\]", slopes)
+    assert error.startswith("implementation: expected 'autodiff' for forward mode")
 
 
 class NearlyEqual(doctest.OutputChecker):

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from jaxce.layout import class_count
+from jaxce.primitives import Primitive
 from jaxce.sharding import AxisNames, sum_over, vary, varying
 from jaxce.stats import matmul_dtype, working_dtype
 

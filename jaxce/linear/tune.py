@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -102,7 +101,7 @@ def tune_linear_cross_entropy(
     if not times:
         reasons = "; ".join(sorted(set(notes.values())))
         checks.fail(ValueError, "hidden", "arguments of which one plan can run here", reasons, "Try fewer tokens.")
-    medians = {plan: statistics.median(values) for plan, values in times.items()}
+    medians = {plan: float(np.median(values)) for plan, values in times.items()}
     in_race = [plan for plan in times if plan not in notes]
     best = min(in_race, key=medians.__getitem__)
     if default in in_race and medians[default] <= _NOISE * medians[best]:
@@ -183,7 +182,7 @@ def _timed(
                 times.setdefault(plan, []).append(taken)
         if i == 0:
             continue
-        medians = {plan: statistics.median(times[plan]) for plan in racing if plan not in notes}
+        medians = {plan: float(np.median(times[plan])) for plan in racing if plan not in notes}
         for plan, median in medians.items():
             if median > _SLOW * min(medians.values()):
                 notes[plan] = "slower"
