@@ -18,9 +18,12 @@ from flax import nnx
 from matplotlib.image import imread
 from rich.console import Console
 
-from jaxce.examples import cifar10, cifar10_data, cifar10_model, cifar10_report
-from jaxce.examples.cifar10_checkpoint import Checkpoint
-from jaxce.examples.cifar10_data import DamagedDataError, DataUnavailableError
+from jaxce.examples.cifar10 import data as datasets
+from jaxce.examples.cifar10 import model as networks
+from jaxce.examples.cifar10 import report, training
+from jaxce.examples.cifar10.checkpoint import Checkpoint
+from jaxce.examples.cifar10.data import DamagedDataError, DataUnavailableError
+from jaxce.examples.common import UsageError
 
 RECORDS = 40  # in a file of the tiny CIFAR-10 made here
 EPS = float(np.finfo(np.float32).eps)
@@ -48,9 +51,9 @@ def output(console):
 @pytest.fixture
 def records(monkeypatch):
     """The bytes of the six files of a tiny CIFAR-10, by name."""
-    monkeypatch.setattr(cifar10_data, "RECORDS_PER_FILE", RECORDS)
+    monkeypatch.setattr(datasets, "RECORDS_PER_FILE", RECORDS)
     rng = np.random.default_rng(0)
-    names = (*cifar10_data.TRAIN_FILES, cifar10_data.TEST_FILE)
+    names = (*datasets.TRAIN_FILES, datasets.TEST_FILE)
     files = {name: rng.integers(0, 256, (RECORDS, 3073), np.uint8) for name in names}
     for file in files.values():
         file[:, 0] %= 10
@@ -60,7 +63,7 @@ def records(monkeypatch):
 @pytest.fixture
 def data_dir(tmp_path, records):
     """A directory as unpacking leaves it."""
-    folder = tmp_path / "data" / cifar10_data.FOLDER
+    folder = tmp_path / "data" / datasets.FOLDER
     folder.mkdir(parents=True)
     for name, file in records.items():
         (folder / name).write_bytes(file.tobytes())
@@ -72,7 +75,7 @@ def archive(tmp_path, data_dir):
     """The tiny CIFAR-10 as an archive, to be served from here."""
     path = tmp_path / "served.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
-        tar.add(data_dir / cifar10_data.FOLDER, cifar10_data.FOLDER)
+        tar.add(data_dir / datasets.FOLDER, datasets.FOLDER)
     return path
 
 
@@ -81,26 +84,26 @@ def serve(monkeypatch):
     """Makes a file what is downloaded, under its own checksum unless told otherwise."""
 
     def serve(path, md5=None):
-        monkeypatch.setattr(cifar10_data, "URL", path.as_uri())
+        monkeypatch.setattr(datasets, "URL", path.as_uri())
         got = hashlib.md5(path.read_bytes()).hexdigest()
-        monkeypatch.setattr(cifar10_data, "ARCHIVE_MD5", md5 or got)
+        monkeypatch.setattr(datasets, "ARCHIVE_MD5", md5 or got)
 
     return serve
 
 
 @pytest.fixture
 def no_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10_data, "URL", (tmp_path / "nothing here").as_uri())
+    monkeypatch.setattr(datasets, "URL", (tmp_path / "nothing here").as_uri())
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["parent given", "folder given"])
 def test_reads_the_binary_version(data_dir, records, console, inside):
-    given = data_dir / cifar10_data.FOLDER if inside else data_dir
-    data = cifar10_data.load(given, console)
+    given = data_dir / datasets.FOLDER if inside else data_dir
+    data = datasets.load(given, console)
 
-    train = np.concatenate([records[name] for name in cifar10_data.TRAIN_FILES])
+    train = np.concatenate([records[name] for name in datasets.TRAIN_FILES])
     np.testing.assert_array_equal(data.train_labels, train[:, 0])
-    np.testing.assert_array_equal(data.test_labels, records[cifar10_data.TEST_FILE][:, 0])
+    np.testing.assert_array_equal(data.test_labels, records[datasets.TEST_FILE][:, 0])
     assert data.train_images.shape == (5 * RECORDS, 32, 32, 3)
     for n, y, x, channel in [(0, 0, 0, 0), (1, 0, 5, 0), (50, 7, 0, 1), (199, 31, 30, 2)]:
         stored = train[n, 1 + 1024 * channel + 32 * y + x]
@@ -119,9 +122,9 @@ def test_reads_the_binary_version(data_dir, records, console, inside):
 )
 @pytest.mark.parametrize("name", ["data_batch_3.bin", "test_batch.bin"])
 def test_refuses_damaged_files(data_dir, console, damage, got, name):
-    damage(data_dir / cifar10_data.FOLDER / name)
+    damage(data_dir / datasets.FOLDER / name)
     with pytest.raises(DamagedDataError) as error:
-        cifar10_data.load(data_dir, console)
+        datasets.load(data_dir, console)
     message = str(error.value)
     assert name in message
     assert "expected" in message
@@ -131,25 +134,25 @@ def test_refuses_damaged_files(data_dir, console, damage, got, name):
 
 def test_downloads_checks_and_unpacks(tmp_path, archive, serve, records, console):
     serve(archive)
-    data = cifar10_data.load(tmp_path / "new" / "directory", console)
-    np.testing.assert_array_equal(data.test_labels, records[cifar10_data.TEST_FILE][:, 0])
+    data = datasets.load(tmp_path / "new" / "directory", console)
+    np.testing.assert_array_equal(data.test_labels, records[datasets.TEST_FILE][:, 0])
     assert "Downloading" in output(console)
     left = {path.name for path in (tmp_path / "new" / "directory").iterdir()}
-    assert left == {cifar10_data.ARCHIVE, cifar10_data.FOLDER}
+    assert left == {datasets.ARCHIVE, datasets.FOLDER}
 
 
 def test_refuses_and_deletes_a_download_with_another_checksum(tmp_path, archive, serve, console):
     serve(archive, md5="0" * 32)
     with pytest.raises(DamagedDataError, match=f"expected md5 {'0' * 32}, got [0-9a-f]{{32}}"):
-        cifar10_data.load(tmp_path / "new", console)
+        datasets.load(tmp_path / "new", console)
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_refuses_but_keeps_an_archive_that_was_there(tmp_path, console):
-    mine = tmp_path / cifar10_data.ARCHIVE
+    mine = tmp_path / datasets.ARCHIVE
     mine.write_bytes(b"something else")
-    with pytest.raises(DamagedDataError, match=f"expected md5 {cifar10_data.ARCHIVE_MD5}"):
-        cifar10_data.load(tmp_path, console)
+    with pytest.raises(DamagedDataError, match=f"expected md5 {datasets.ARCHIVE_MD5}"):
+        datasets.load(tmp_path, console)
     assert mine.exists()
 
 
@@ -164,7 +167,7 @@ def member(name, **fields):
     "unsafe",
     [
         member("../escaped", size=4),
-        member(f"{cifar10_data.FOLDER}/../../escaped", size=4),
+        member(f"{datasets.FOLDER}/../../escaped", size=4),
         member("link", type=tarfile.SYMTYPE, linkname="../../escaped"),
         member("link", type=tarfile.LNKTYPE, linkname="../../escaped"),
         member("device", type=tarfile.CHRTYPE),
@@ -174,30 +177,30 @@ def member(name, **fields):
 def test_refuses_unsafe_archives(tmp_path, unsafe):
     target = tmp_path / "target"
     target.mkdir()
-    path = target / cifar10_data.ARCHIVE
+    path = target / datasets.ARCHIVE
     with tarfile.open(path, "w:gz") as tar:
-        tar.addfile(member(cifar10_data.FOLDER, type=tarfile.DIRTYPE, mode=0o755))
+        tar.addfile(member(datasets.FOLDER, type=tarfile.DIRTYPE, mode=0o755))
         tar.addfile(unsafe, io.BytesIO(b"evil"))
-    with pytest.raises(DamagedDataError, match=cifar10_data.ARCHIVE):
-        cifar10_data.unpack(path, target)
+    with pytest.raises(DamagedDataError, match=datasets.ARCHIVE):
+        datasets.unpack(path, target)
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
     assert list(target.iterdir()) == [path]
 
 
 def test_refuses_an_archive_of_something_else(tmp_path):
-    path = tmp_path / cifar10_data.ARCHIVE
+    path = tmp_path / datasets.ARCHIVE
     with tarfile.open(path, "w:gz") as tar:
         tar.addfile(member("readme.txt", size=4), io.BytesIO(b"text"))
-    with pytest.raises(DamagedDataError, match=cifar10_data.FOLDER):
-        cifar10_data.unpack(path, tmp_path)
+    with pytest.raises(DamagedDataError, match=datasets.FOLDER):
+        datasets.unpack(path, tmp_path)
 
 
 def test_without_data_or_network_says_so_and_takes_digits(tmp_path, no_network, console):
     missing = tmp_path / "given"
     with pytest.raises(DataUnavailableError):
-        cifar10_data.load_cifar10(missing, console)
+        datasets.load_cifar10(missing, console)
 
-    data = cifar10_data.load(missing, console)
+    data = datasets.load(missing, console)
     assert data.name == "digits"
     assert data.train_images.shape == (1437, 8, 8, 1)
     assert data.test_images.shape == (360, 8, 8, 1)
@@ -211,7 +214,7 @@ def test_without_data_or_network_says_so_and_takes_digits(tmp_path, no_network, 
 
 
 def test_digits_are_bytes_that_span_the_range():
-    images = cifar10_data.load_digits().train_images
+    images = datasets.load_digits().train_images
     assert images.dtype == np.uint8
     assert (images.min(), images.max()) == (0, 255)
 
@@ -223,7 +226,7 @@ def test_max_pool_is_that_of_flax_and_so_is_its_gradient():
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (3, 8, 6, 5))
     cotangent = jax.random.normal(keys[1], (3, 4, 3, 5))
-    ours, our_vjp = jax.vjp(cifar10_model.max_pool, x)
+    ours, our_vjp = jax.vjp(networks.max_pool, x)
     theirs, their_vjp = jax.vjp(lambda x: nnx.max_pool(x, (2, 2), (2, 2)), x)
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(our_vjp(cotangent)[0], their_vjp(cotangent)[0])
@@ -231,7 +234,7 @@ def test_max_pool_is_that_of_flax_and_so_is_its_gradient():
 
 def test_flip_mirrors_some_images_and_leaves_the_others():
     images = np.arange(64 * 4 * 4 * 1, dtype=np.int32).reshape(64, 4, 4, 1)
-    flipped = np.asarray(cifar10_model.random_flip(jax.random.key(0), images))
+    flipped = np.asarray(networks.random_flip(jax.random.key(0), images))
     mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
     kept = (flipped == images).all((1, 2, 3))
     assert (mirrored ^ kept).all()
@@ -241,7 +244,7 @@ def test_flip_mirrors_some_images_and_leaves_the_others():
 def test_crop_shifts_each_image_by_up_to_an_eighth():
     rows, columns = np.mgrid[0:16, 0:16]
     images = np.broadcast_to(np.stack([rows, columns], -1), (200, 16, 16, 2)).astype(np.int32)
-    cropped = np.asarray(cifar10_model.random_crop(jax.random.key(0), images))
+    cropped = np.asarray(networks.random_crop(jax.random.key(0), images))
     assert cropped.shape == images.shape
     shifts = cropped[:, 8, 8] - 8
     assert {tuple(shift) for shift in shifts} == {(i, j) for i in range(-2, 3) for j in range(-2, 3)}
@@ -253,7 +256,7 @@ def test_mixup_blends_images_and_targets_alike():
     images = np.zeros((6, 8, 8, 1), np.uint8)
     images[:] = np.arange(0, 60, 10)[:, None, None, None]
     labels = np.arange(6, dtype=np.int32)
-    mixed, targets = cifar10_model.mixup(jax.random.key(0), images, jnp.asarray(labels), 0.4)
+    mixed, targets = networks.mixup(jax.random.key(0), images, jnp.asarray(labels), 0.4)
     np.testing.assert_array_equal(targets.indices, np.stack([labels, labels[::-1]], -1))
     np.testing.assert_allclose(targets.probs.sum(-1), 1, atol=EPS)
     assert len(np.unique(targets.probs[:, 0])) == 6
@@ -266,7 +269,7 @@ def test_mixup_blends_images_and_targets_alike():
 
 
 def make_settings(**changes):
-    plain = cifar10.Settings(
+    plain = training.Settings(
         recipe="demo",
         loss="jaxce",
         epochs=2,
@@ -284,7 +287,7 @@ def make_settings(**changes):
 def run(output_dir, console, settings=None, **options):
     options = {"data_dir": output_dir / "no data"} | options
     settings = settings or make_settings()
-    return cifar10.run(settings, output_dir=output_dir, console=console, **options)
+    return training.run(settings, output_dir=output_dir, console=console, **options)
 
 
 def without_seconds(rows):
@@ -319,15 +322,15 @@ def test_jaxce_and_optax_follow_the_same_curve(changes):
     initial weights do, by one rounding each. Eight times the farthest of three such curves so far
     allows for our having drawn only three.
     """
-    data = cifar10_data.load_digits().first(1024, 100)
-    trainer = cifar10.Trainer(data, make_settings(loss="optax", **changes))
+    data = datasets.load_digits().first(1024, 100)
+    trainer = training.Trainer(data, make_settings(loss="optax", **changes))
     start = jax.tree.map(np.array, nnx.state(trainer.modules))  # copies: training donates its own
     optax_losses = step_losses(trainer)
     nudged = [nudged_step_losses(trainer, start, seed) for seed in range(3)]
     spread = np.maximum.accumulate(np.max(np.abs(nudged - optax_losses), axis=0))
     allowed = 16 * EPS * optax_losses + 8 * spread
 
-    jaxce_losses = step_losses(cifar10.Trainer(data, make_settings(loss="jaxce", **changes)))
+    jaxce_losses = step_losses(training.Trainer(data, make_settings(loss="jaxce", **changes)))
     assert len(jaxce_losses) == 32
     assert jaxce_losses[-1] < 0.9 * jaxce_losses[0]  # there is a curve to follow
     assert (np.abs(jaxce_losses - optax_losses) <= allowed).all()
@@ -338,8 +341,8 @@ def test_jaxce_and_optax_follow_the_same_curve(changes):
 
 
 def test_an_epoch_sees_every_example_once_in_a_new_order():
-    data = cifar10_data.load_digits().first(256, 100)
-    trainer = cifar10.Trainer(data, make_settings(batch_size=50))
+    data = datasets.load_digits().first(256, 100)
+    trainer = training.Trainer(data, make_settings(batch_size=50))
     first, again, second = (np.concatenate(trainer.batches(epoch)) for epoch in (1, 1, 2))
     assert len(first) == 250
     assert len(np.unique(first)) == 250
@@ -348,10 +351,10 @@ def test_an_epoch_sees_every_example_once_in_a_new_order():
 
 
 def test_testing_weighs_examples_alike_in_a_last_short_batch(monkeypatch):
-    data = cifar10_data.load_digits().first(256, 100)
-    trainer = cifar10.Trainer(data, make_settings())
+    data = datasets.load_digits().first(256, 100)
+    trainer = training.Trainer(data, make_settings())
     at_once = trainer.test()
-    monkeypatch.setattr(cifar10, "EVALUATION_BATCH", 30)
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 30)
     np.testing.assert_allclose(trainer.test(), at_once, rtol=16 * EPS)
 
 
@@ -369,12 +372,12 @@ def test_resuming_gives_the_curve_of_one_run(tmp_path, no_network, console):
 
 
 def test_resuming_needs_a_checkpoint_of_the_same_run(tmp_path, no_network, console):
-    with pytest.raises(cifar10.UsageError, match="expected a checkpoint"):
+    with pytest.raises(UsageError, match="expected a checkpoint"):
         run(tmp_path, console, resume=True)
     run(tmp_path, console, stop_after=1)
-    with pytest.raises(cifar10.UsageError, match=r"expected seed 0.* got 7"):
+    with pytest.raises(UsageError, match=r"expected seed 0.* got 7"):
         run(tmp_path, console, make_settings(seed=7), resume=True)
-    with pytest.raises(cifar10.UsageError, match=r"expected loss jaxce.* got optax"):
+    with pytest.raises(UsageError, match=r"expected loss jaxce.* got optax"):
         run(tmp_path, console, make_settings(loss="optax"), resume=True)
 
 
@@ -434,7 +437,7 @@ def test_writes_history_and_curves(tmp_path, no_network, console):
 def test_prints_a_row_for_each_epoch(tmp_path, no_network, console):
     rows = run(tmp_path, console)
     lines = output(console).splitlines()
-    table = lines[lines.index(cifar10_report.HEADER) + 1 :][: len(rows)]
+    table = lines[lines.index(report.HEADER) + 1 :][: len(rows)]
     for row, line in zip(rows, table, strict=True):
         epoch, train_loss, test_loss, accuracy, skill, _ = line.split()
         assert int(epoch) == row.epoch
@@ -456,7 +459,7 @@ def test_prints_a_row_for_each_epoch(tmp_path, no_network, console):
     ],
 )
 def test_warns_when_the_loss_at_the_start_is_far_from_chance(loss, warning):
-    message = cifar10_report.start_message(loss)
+    message = report.start_message(loss)
     assert "ln 10 = 2.3026" in message
     assert f"{loss:.4f}" in message
     assert ("Warning" in message) == (warning is not None)
@@ -467,18 +470,18 @@ def test_warns_when_the_loss_at_the_start_is_far_from_chance(loss, warning):
 
 
 def test_recipes_fill_in_what_is_not_given():
-    parse = cifar10.make_parser().parse_args
-    settings = cifar10.settings_from(parse(["--recipe", "full", "--epochs", "3"]))
-    full = cifar10.RECIPES["full"]
+    parse = training.make_parser().parse_args
+    settings = training.settings_from(parse(["--recipe", "full", "--epochs", "3"]))
+    full = training.RECIPES["full"]
     assert (settings.epochs, settings.width) == (3, full.width)
     assert settings.label_smoothing == full.label_smoothing
     assert settings.learning_rate == full.learning_rate
     assert settings.train_examples is None
 
-    unsmoothed = cifar10.settings_from(parse(["--recipe", "full", "--label-smoothing", "0"]))
+    unsmoothed = training.settings_from(parse(["--recipe", "full", "--label-smoothing", "0"]))
     assert unsmoothed.label_smoothing == 0
-    halved = cifar10.settings_from(parse(["--batch-size", "32"]))
-    assert halved.learning_rate == cifar10.RECIPES["demo"].learning_rate / 2
+    halved = training.settings_from(parse(["--batch-size", "32"]))
+    assert halved.learning_rate == training.RECIPES["demo"].learning_rate / 2
 
 
 @pytest.mark.parametrize(
@@ -494,13 +497,13 @@ def test_recipes_fill_in_what_is_not_given():
 )
 def test_refuses_bad_arguments(arguments, complaint, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cifar10.main(arguments)
+        training.main(arguments)
     assert complaint in capsys.readouterr().err
 
 
 def test_the_program_ends_with_one_line_for_a_mistake(tmp_path, no_network, capsys):
     paths = ["--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "run")]
-    assert cifar10.main([*paths, "--batch-size", "2000"]) == 2
+    assert training.main([*paths, "--batch-size", "2000"]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: --batch-size: expected at most 1437")
     assert errors.count("\n") == 1

@@ -19,9 +19,12 @@ from jax.sharding import AxisType
 from matplotlib.image import imread
 from rich.console import Console
 
-from jaxce.examples import language_model, language_model_data, language_model_network, language_model_report
-from jaxce.examples.language_model_data import BytePairTokenizer, ByteTokenizer, UnusableTextError
-from jaxce.examples.language_model_report import Measures, Yardsticks
+from jaxce.examples.common import UsageError
+from jaxce.examples.language_model import data as texts
+from jaxce.examples.language_model import model as networks
+from jaxce.examples.language_model import report, training
+from jaxce.examples.language_model.data import BytePairTokenizer, ByteTokenizer, UnusableTextError
+from jaxce.examples.language_model.report import Measures, Yardsticks
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -47,7 +50,7 @@ def output(console):
 
 @pytest.fixture(scope="module")
 def installed():
-    return language_model_data.load(None)
+    return texts.load(None)
 
 
 def paragraphs(text):
@@ -60,7 +63,7 @@ def test_there_is_text_wherever_python_is(installed):
     assert "Apache License" in installed.train
     assert len(installed.train) + len(installed.validation) > 500_000
     assert f"{installed.file_bytes:,} bytes in {installed.files:,} files" in str(installed)
-    assert language_model_data.load(None) == installed
+    assert texts.load(None) == installed
 
 
 def test_nothing_held_out_was_trained_on(installed):
@@ -73,14 +76,14 @@ def test_takes_documents_and_leaves_tables_and_programs():
     taken = ["a/LICENSE", "a/licenses/LICENSE-APACHE", "a/METADATA", "a/docs/guide.rst", "a/README.md", "a/NOTICE.txt"]
     left = ["a/metadata.py", "a/tests/data/numbers.txt", "a/RECORD", "a/code.py", "a/LICENSES_OF.so"]
     paths = map(importlib.metadata.PackagePath, taken + left)
-    assert [language_model_data.is_document(path) for path in paths] == [True] * len(taken) + [False] * len(left)
+    assert [texts.is_document(path) for path in paths] == [True] * len(taken) + [False] * len(left)
 
 
 def test_holds_out_the_last_tenth_of_each_text():
     def text(name):
         return "\n\n".join(f"{name} {i:02}" for i in range(20))
 
-    train, validation = language_model_data.split([text("a"), text("b"), "c 0"])
+    train, validation = texts.split([text("a"), text("b"), "c 0"])
     assert train.split() == [word for name in "ab" for i in range(18) for word in (name, f"{i:02}")] + ["c", "0"]
     assert validation == "a 18\n\na 19\n\n\nb 18\n\nb 19"
 
@@ -88,9 +91,7 @@ def test_holds_out_the_last_tenth_of_each_text():
 def test_keeps_a_paragraph_once_however_it_is_wrapped():
     terms = "You may do\nas you like.\n" * 9
     other_terms = "  You may do as you like." * 9
-    train, validation = language_model_data.split(
-        [f"Mine.\n\n{terms} \n\tNo\nwarranty.", f"Yours.\n\n{other_terms}\n\nNo warranty."]
-    )
+    train, validation = texts.split([f"Mine.\n\n{terms} \n\tNo\nwarranty.", f"Yours.\n\n{other_terms}\n\nNo warranty."])
     assert train == f"Mine.\n\n{terms.strip()}\n\n\nYours."
     assert validation == "\tNo\nwarranty."
 
@@ -109,13 +110,13 @@ def folder(tmp_path):
 
 
 def test_reads_a_folder_of_ones_own(folder):
-    corpus = language_model_data.load(folder)
+    corpus = texts.load(folder)
     assert corpus.train.startswith("The first text,\nof two lines and a little more.\n\n\nParagraph 0 of many.")
     assert corpus.validation.startswith("naïve\n\n\n")
     assert "secret" not in corpus.train + corpus.validation
     assert (corpus.files, corpus.skipped) == (2, 2)
     assert "2 files are not UTF-8 text" in str(corpus)
-    one = language_model_data.load(folder / "inner" / "a.md")
+    one = texts.load(folder / "inner" / "a.md")
     assert one.train == corpus.train.removeprefix("The first text,\nof two lines and a little more.\n\n\n")
 
 
@@ -132,7 +133,7 @@ def test_refuses_text_it_cannot_use(tmp_path, folder, name, complaint):
     (tmp_path / "one.txt").write_text("Just one paragraph.")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UnusableTextError, match=complaint):
-        language_model_data.load(tmp_path / name)
+        texts.load(tmp_path / name)
 
 
 # Tokens.
@@ -173,7 +174,7 @@ def test_a_short_text_has_a_small_vocabulary():
 
 
 def test_unigram_entropy():
-    data = language_model_data.Dataset(ByteTokenizer(), np.array([7, 7, 7, 9]), np.array([7]))
+    data = texts.Dataset(ByteTokenizer(), np.array([7, 7, 7, 9]), np.array([7]))
     assert data.unigram_entropy == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
 
 
@@ -181,7 +182,7 @@ def test_unigram_entropy():
 
 
 def test_the_network_looks_at_nothing_behind(rng):
-    model = language_model_network.LanguageModel(50, 16, 32, 2, nnx.Rngs(0))
+    model = networks.LanguageModel(50, 16, 32, 2, nnx.Rngs(0))
     tokens = rng.integers(0, 50, (1, 16)).astype(np.int32)
     changed = tokens.copy()
     changed[0, 9] = (changed[0, 9] + 1) % 50
@@ -192,9 +193,9 @@ def test_the_network_looks_at_nothing_behind(rng):
 
 def test_generates_what_is_likely_also_beyond_the_context():
     """When it is cold, every token is the likeliest after the context before it."""
-    model = language_model_network.LanguageModel(50, 8, 32, 1, nnx.Rngs(0))
+    model = networks.LanguageModel(50, 8, 32, 1, nnx.Rngs(0))
     prompt = np.array([3, 1], np.int32)
-    tokens = language_model_network.generate(model, prompt, 20, temperature=1e-4, seed=0)
+    tokens = networks.generate(model, prompt, 20, temperature=1e-4, seed=0)
     assert len(tokens) == 22
     np.testing.assert_array_equal(tokens[:2], prompt)
     logits_of = nnx.jit(lambda model, tokens: model(tokens[None])[0, -1] @ model.table.T)
@@ -202,7 +203,7 @@ def test_generates_what_is_likely_also_beyond_the_context():
         logits = np.asarray(logits_of(model, tokens[max(0, end - 8) : end]))
         assert logits[tokens[end]] >= logits.max() - 0.01
 
-    other = language_model_network.generate(model, prompt, 20, temperature=1.0, seed=1)
+    other = networks.generate(model, prompt, 20, temperature=1.0, seed=1)
     assert (other != tokens).any()
 
 
@@ -210,7 +211,7 @@ def test_generates_what_is_likely_also_beyond_the_context():
 
 
 def make_settings(**changes):
-    plain = language_model.Settings(
+    plain = training.Settings(
         loss="fused",
         mode=None,
         tokens="pairs",
@@ -229,7 +230,7 @@ def make_settings(**changes):
 @pytest.fixture(scope="module")
 def dataset(installed):
     short = dataclasses.replace(installed, train=installed.train[:50_000], validation=installed.validation[:5_000])
-    return language_model_data.tokenize(short, 300)
+    return texts.tokenize(short, 300)
 
 
 def step_losses(trainer):
@@ -251,14 +252,14 @@ def nudged_step_losses(trainer, start, seed, roundings=1):
 @pytest.mark.parametrize("mode", [None, "recompute", "store"])
 def test_fused_and_dense_follow_the_same_curve(dataset, mode):
     """To within the loss's own rounding, and what training makes of roundings, as for CIFAR-10 and optax."""
-    trainer = language_model.Trainer(dataset, make_settings(loss="dense"))
+    trainer = training.Trainer(dataset, make_settings(loss="dense"))
     start = jax.tree.map(np.array, nnx.state((trainer.model, trainer.optimizer)))  # copies: training donates its own
     dense_losses = step_losses(trainer)
     nudged = [nudged_step_losses(trainer, start, seed) for seed in range(3)]
     spread = np.maximum.accumulate(np.max(np.abs(nudged - dense_losses), axis=0))
     allowed = 16 * EPS * dense_losses + 8 * spread
 
-    fused_losses = step_losses(language_model.Trainer(dataset, make_settings(mode=mode)))
+    fused_losses = step_losses(training.Trainer(dataset, make_settings(mode=mode)))
     assert len(fused_losses) == 30
     assert fused_losses[-1] < 0.95 * fused_losses[0]  # there is a curve to follow
     assert (np.abs(fused_losses - dense_losses) <= allowed).all()
@@ -269,7 +270,7 @@ def test_fused_and_dense_follow_the_same_curve(dataset, mode):
 
 
 def test_windows_hold_each_token_and_the_one_after(dataset):
-    trainer = language_model.Trainer(dataset, make_settings())
+    trainer = training.Trainer(dataset, make_settings())
     batch = trainer.batch(1)
     assert batch.shape == (8, 17)
     text = dataset.train.tobytes()
@@ -287,8 +288,8 @@ def test_windows_hold_each_token_and_the_one_after(dataset):
 def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_decoded_text(dataset, installed, tokens):
     if tokens == "bytes":
         short = dataclasses.replace(installed, train=installed.train[:50_000], validation=installed.validation[:5_000])
-        dataset = language_model_data.tokenize(short, None)
-    trainer = language_model.Trainer(dataset, make_settings())
+        dataset = texts.tokenize(short, None)
+    trainer = training.Trainer(dataset, make_settings())
     loss, bits = trainer.test()
     targets = trainer.validation_windows()[:, 1:].ravel()
     text = dataset.tokenizer.decode(targets)
@@ -300,18 +301,18 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_decoded_text(dataset, i
 
 
 def test_bits_per_byte_of_guessing_bytes_is_8():
-    assert language_model_report.bits_per_byte(1000 * math.log(256), 1000) == pytest.approx(8)
+    assert report.bits_per_byte(1000 * math.log(256), 1000) == pytest.approx(8)
     assert Measures(math.log(50), 0.0).perplexity == pytest.approx(50)
 
 
 def test_testing_weighs_tokens_alike_in_a_last_short_batch(dataset):
-    trainer = language_model.Trainer(dataset, make_settings(batch_size=7))
+    trainer = training.Trainer(dataset, make_settings(batch_size=7))
     assert len(trainer.validation_windows()) % 7
-    at_once = language_model.Trainer(dataset, make_settings(batch_size=len(trainer.validation_windows())))
+    at_once = training.Trainer(dataset, make_settings(batch_size=len(trainer.validation_windows())))
     np.testing.assert_allclose(trainer.test(), at_once.test(), rtol=16 * EPS)
 
 
-# The whole program.
+# The whole training.
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +322,7 @@ def finished(tmp_path_factory):
     (path / "text.txt").write_text("".join(f"There were {i} of [them] before.\n\n" for i in range(400)))
     console = Console(file=io.StringIO(), width=400)
     with jax.numpy_dtype_promotion("standard"):
-        rows = language_model.run(
+        rows = training.run(
             make_settings(steps=25), data=path / "text.txt", output_dir=path / "new" / "results", console=console
         )
     return rows, path / "new" / "results", output(console)
@@ -342,7 +343,7 @@ def test_prints_a_row_now_and_then(finished):
     rows, _, printed = finished
     assert [row.step for row in rows] == [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]
     lines = printed.splitlines()
-    table = lines[lines.index(language_model_report.HEADER) + 1 :][: len(rows)]
+    table = lines[lines.index(report.HEADER) + 1 :][: len(rows)]
     for row, line in zip(rows, table, strict=True):
         step, train_loss, validation_loss, perplexity, bits, _ = map(float, line.split())
         assert step == row.step
@@ -366,7 +367,7 @@ def test_memory_of_the_fused_loss_is_less():
     logits = 4 * 64 * 128 * vocab_size
 
     def memory(*loss):
-        return language_model.temporary_bytes(language_model.make_loss(*loss), settings, vocab_size)
+        return training.temporary_bytes(training.make_loss(*loss), settings, vocab_size)
 
     assert memory("dense") >= logits
     for mode in (None, "recompute", "store"):
@@ -415,11 +416,11 @@ def test_warns_when_the_loss_at_the_start_is_far_from_chance(loss, warning):
 
 
 def test_defaults():
-    parse = language_model.make_parser().parse_args
-    settings = language_model.settings_from(parse([]))
-    assert (settings.loss, settings.mode, settings.vocab_size) == ("fused", None, language_model.VOCAB_SIZE)
-    assert settings.width % language_model_network.HEAD_SIZE == 0
-    plain = language_model.settings_from(parse(["--tokens", "bytes"]))
+    parse = training.make_parser().parse_args
+    settings = training.settings_from(parse([]))
+    assert (settings.loss, settings.mode, settings.vocab_size) == ("fused", None, training.VOCAB_SIZE)
+    assert settings.width % networks.HEAD_SIZE == 0
+    plain = training.settings_from(parse(["--tokens", "bytes"]))
     assert plain.vocab_size is None
 
 
@@ -438,7 +439,7 @@ def test_defaults():
 )
 def test_refuses_bad_arguments(arguments, complaint, capsys):
     with pytest.raises(SystemExit, match="2"):
-        language_model.main(arguments)
+        training.main(arguments)
     assert complaint in capsys.readouterr().err
 
 
@@ -454,7 +455,7 @@ def test_refuses_bad_arguments(arguments, complaint, capsys):
 )
 def test_the_program_ends_with_one_line_for_a_mistake(tmp_path, folder, arguments, complaint, capsys):
     data = [] if "--data" in arguments else ["--data", str(folder)]
-    assert language_model.main([*data, *arguments, "--output-dir", str(tmp_path / "run")]) == 2
+    assert training.main([*data, *arguments, "--output-dir", str(tmp_path / "run")]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {complaint}")
     assert errors.count("\n") == 1
@@ -463,7 +464,7 @@ def test_the_program_ends_with_one_line_for_a_mistake(tmp_path, folder, argument
 
 def test_says_before_training_that_results_cannot_be_written(tmp_path, folder, capsys):
     blocked = ["--data", str(folder), "--context", "16", "--output-dir", str(folder / "b.txt" / "run")]
-    assert language_model.main(blocked) == 2
+    assert training.main(blocked) == 2
     assert "error: --output-dir: expected a folder, got" in capsys.readouterr().err
 
 
@@ -480,7 +481,7 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, folder, capfd, monkeypa
     rows = {}
     for processes in ("1", "2"):
         output_dir = tmp_path / processes
-        code = language_model.main([*arguments, "--processes", processes, "--output-dir", str(output_dir)])
+        code = training.main([*arguments, "--processes", processes, "--output-dir", str(output_dir)])
         assert code == 0
         history = json.loads((output_dir / "history.json").read_text())
         rows[processes] = [(row["train_loss"], row["validation_loss"]) for row in history["rows"]]
@@ -492,7 +493,7 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, folder, capfd, monkeypa
 
 def test_a_step_is_compiled_once(dataset):
     mesh = jax.make_mesh((2,), ("vocabulary",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    trainer = language_model.Trainer(dataset, make_settings(), mesh)
+    trainer = training.Trainer(dataset, make_settings(), mesh)
     trainer.train_step(1)
     compiled = []
 
@@ -510,5 +511,5 @@ def test_a_step_is_compiled_once(dataset):
 
 def test_a_table_that_cannot_be_split(dataset):
     mesh = jax.make_mesh((7,), ("vocabulary",), devices=jax.devices()[:7])
-    with pytest.raises(language_model.UsageError, match=r"--processes: expected a number that divides the 300 tokens"):
-        language_model.Trainer(dataset, make_settings(), mesh)
+    with pytest.raises(UsageError, match=r"--processes: expected a number that divides the 300 tokens"):
+        training.Trainer(dataset, make_settings(), mesh)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxce.diagnostics import Report
-from jaxce.examples.cifar10_data import NUM_CLASSES
+from jaxce.examples.cifar10.data import NUM_CLASSES
 from jaxce.examples.common import START_MARGIN, versions
 
 CHANCE_LOSS = math.log(NUM_CLASSES)

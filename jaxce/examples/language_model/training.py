@@ -36,16 +36,14 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import jaxce
-from jaxce.examples import (
-    language_model_data,
-    language_model_network,
-    language_model_processes,
-    language_model_report,
-)
 from jaxce.examples.common import UsageError, checked, exit_code, natural_number, positive_integer, progress_bar
-from jaxce.examples.language_model_data import Dataset, UnusableTextError
-from jaxce.examples.language_model_network import HEAD_SIZE, LanguageModel
-from jaxce.examples.language_model_report import Measures, Row, Yardsticks
+from jaxce.examples.language_model import data as texts
+from jaxce.examples.language_model import model as networks
+from jaxce.examples.language_model import processes
+from jaxce.examples.language_model import report as reports
+from jaxce.examples.language_model.data import Dataset, UnusableTextError
+from jaxce.examples.language_model.model import HEAD_SIZE, LanguageModel
+from jaxce.examples.language_model.report import Measures, Row, Yardsticks
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -89,8 +87,8 @@ def make_loss(name: str, mode: str | None = None, mesh: Mesh | None = None) -> L
         return jaxce.linear_cross_entropy(hidden, table, targets, **options)
 
     if mesh is not None:
-        options["axis_name"] = language_model_processes.AXIS
-        split = (P(), language_model_processes.TABLE, P())
+        options["axis_name"] = processes.AXIS
+        split = (P(), processes.TABLE, P())
         fused = jax.shard_map(fused, mesh=mesh, in_specs=split, out_specs=P())
 
     def dense(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
@@ -102,9 +100,7 @@ def make_loss(name: str, mode: str | None = None, mesh: Mesh | None = None) -> L
 def loss_arguments(settings: Settings, vocab_size: int, mesh: Mesh | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The shapes of hidden, table and targets in a training step."""
     batch = (settings.batch_size, settings.context)
-    whole, split = (
-        (NamedSharding(mesh, P()), NamedSharding(mesh, language_model_processes.TABLE)) if mesh else (None, None)
-    )
+    whole, split = (NamedSharding(mesh, P()), NamedSharding(mesh, processes.TABLE)) if mesh else (None, None)
     return (
         jax.ShapeDtypeStruct((*batch, settings.width), jnp.float32, sharding=whole),
         jax.ShapeDtypeStruct((vocab_size, settings.width), jnp.float32, sharding=split),
@@ -144,10 +140,10 @@ class Trainer:
             tokens = data.tokenizer.vocab_size
             if tokens % mesh.size:
                 raise UsageError(f"--processes: expected a number that divides the {tokens} tokens, got {mesh.size}.")
-            language_model_processes.place(self.model, mesh, self.model.embedding.embedding)
+            processes.place(self.model, mesh, self.model.embedding.embedding)
         self.optimizer = make_optimizer(self.model, settings)
         if mesh is not None:
-            language_model_processes.place(self.optimizer, mesh)
+            processes.place(self.optimizer, mesh)
         loss = make_loss(settings.loss, settings.mode, mesh)
         self._train_step = make_train_step(loss)
         self._test_step = make_test_step(loss)
@@ -174,7 +170,7 @@ class Trainer:
             nats += float(self._test_step(self.model, batch)) * batch[:, 1:].size
         targets = windows[:, 1:]
         byte_count = int(self.data.tokenizer.byte_counts[targets].sum())
-        return Measures(nats / targets.size, language_model_report.bits_per_byte(nats, byte_count))
+        return Measures(nats / targets.size, reports.bits_per_byte(nats, byte_count))
 
     def validation_windows(self) -> np.ndarray:
         """Windows that overlap by one token, so that each token but the first is predicted once.
@@ -187,9 +183,7 @@ class Trainer:
     def sample(self) -> str:
         """Text that the model makes up."""
         prompt = self.data.tokenizer.encode(SAMPLE_PROMPT)[-self.settings.context :]
-        tokens = language_model_network.generate(
-            self.model, prompt, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, self.settings.seed
-        )
+        tokens = networks.generate(self.model, prompt, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, self.settings.seed)
         return self.data.tokenizer.decode(tokens)
 
 
@@ -241,10 +235,10 @@ def make_test_step(loss: Loss) -> Callable[..., jax.Array]:
 
 def run(settings: Settings, *, data: Path | None, output_dir: Path, console: Console) -> list[Row]:
     """Load, train, save; returns the rows."""
-    mesh = language_model_processes.make_mesh()
-    corpus = language_model_data.load(data)
+    mesh = processes.make_mesh()
+    corpus = texts.load(data)
     console.print(str(corpus))
-    dataset = language_model_data.tokenize(corpus, settings.vocab_size)
+    dataset = texts.tokenize(corpus, settings.vocab_size)
     trainer = Trainer(dataset, settings, mesh)
     make_folder(output_dir)  # before the time is spent on training
     console.print(f"{dataset}\nnetwork: {trainer.parameters:,} parameters; loss: {settings.loss}")
@@ -272,8 +266,8 @@ def run(settings: Settings, *, data: Path | None, output_dir: Path, console: Con
         "sample": sample,
     }
     title = f"{corpus.name}, {settings.loss} loss: {rows[-1].validation.bits_per_byte:.2f} bits per byte"
-    language_model_report.plot_history(output_dir / "curves.png", title, yardsticks, start, rows)
-    language_model_report.write_history(output_dir / "history.json", about, yardsticks, start, rows)
+    reports.plot_history(output_dir / "curves.png", title, yardsticks, start, rows)
+    reports.write_history(output_dir / "history.json", about, yardsticks, start, rows)
     console.print(f"wrote curves.png and history.json to {output_dir}\n\n{SAMPLE_TOKENS} tokens that it makes up:\n")
     console.print(sample, markup=False)
     return rows
@@ -305,7 +299,7 @@ def train(trainer: Trainer, console: Console) -> list[Row]:
     row_steps = {math.ceil(steps * i / ROWS) for i in range(1, ROWS + 1)}
     rows: list[Row] = []
     losses: list[float] = []
-    console.print(language_model_report.HEADER)
+    console.print(reports.HEADER)
     with progress_bar(console) as progress:
         task = progress.add_task("training", total=steps, loss="")
         started = time.perf_counter()
@@ -323,9 +317,7 @@ def train(trainer: Trainer, console: Console) -> list[Row]:
 # The command line.
 
 positive = checked(float, "a finite number above 0", lambda x: 0 < x < math.inf)
-vocabulary = checked(
-    int, f"a whole number from {language_model_data.BYTES} up", lambda n: n >= language_model_data.BYTES
-)
+vocabulary = checked(int, f"a whole number from {texts.BYTES} up", lambda n: n >= texts.BYTES)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -393,8 +385,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         raise UsageError(f"--mode: expected none with --loss dense, which has no modes, got {arguments.mode}.")
     if arguments.vocab_size and arguments.tokens == "bytes":
         raise UsageError(
-            f"--vocab-size: expected none with --tokens bytes, which are {language_model_data.BYTES}, "
-            f"got {arguments.vocab_size}."
+            f"--vocab-size: expected none with --tokens bytes, which are {texts.BYTES}, got {arguments.vocab_size}."
         )
     chosen = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
     if arguments.tokens == "pairs" and arguments.vocab_size is None:
@@ -407,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     if arguments.processes == 1:
         return work(argv)
-    return language_model_processes.launch(work, argv, arguments.processes)
+    return processes.launch(work, argv, arguments.processes)
 
 
 def work(argv: Sequence[str]) -> int:
@@ -423,7 +414,3 @@ def work(argv: Sequence[str]) -> int:
         )
 
     return exit_code(program, UnusableTextError, "Interrupted.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

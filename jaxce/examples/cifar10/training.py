@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,10 +34,12 @@ from flax import nnx
 from rich.console import Console
 
 import jaxce
-from jaxce.examples import cifar10_data, cifar10_model, cifar10_report
-from jaxce.examples.cifar10_checkpoint import Checkpoint
-from jaxce.examples.cifar10_data import NUM_CLASSES, DamagedDataError, Dataset
-from jaxce.examples.cifar10_report import EpochRow
+from jaxce.examples.cifar10 import data as datasets
+from jaxce.examples.cifar10 import model as networks
+from jaxce.examples.cifar10 import report as reports
+from jaxce.examples.cifar10.checkpoint import Checkpoint
+from jaxce.examples.cifar10.data import NUM_CLASSES, DamagedDataError, Dataset
+from jaxce.examples.cifar10.report import EpochRow
 from jaxce.examples.common import UsageError, checked, exit_code, natural_number, positive_integer, progress_bar
 
 Targets = jax.Array | jaxce.SparseTargets
@@ -51,7 +52,7 @@ EVALUATION_BATCH = 500
 class Recipe:
     """What goes well together; the flags of the same names override it."""
 
-    network: Callable[[int, int, int, nnx.Rngs], cifar10_model.Network]
+    network: Callable[[int, int, int, nnx.Rngs], networks.Network]
     width: int
     epochs: int
     batch_size: int
@@ -62,7 +63,7 @@ class Recipe:
 
 RECIPES = {
     "demo": Recipe(
-        network=cifar10_model.small_network,
+        network=networks.small_network,
         width=32,
         epochs=5,
         batch_size=64,
@@ -71,7 +72,7 @@ RECIPES = {
         crop=False,
     ),
     "full": Recipe(
-        network=cifar10_model.residual_network,
+        network=networks.residual_network,
         width=32,
         epochs=24,
         batch_size=128,
@@ -227,11 +228,11 @@ def make_train_step(settings: Settings, mirrors: bool) -> Callable[..., jax.Arra
     def prepare(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Targets]:
         flip_key, crop_key, mixup_key = jax.random.split(key, 3)
         if mirrors:
-            images = cifar10_model.random_flip(flip_key, images)
+            images = networks.random_flip(flip_key, images)
         if crop:
-            images = cifar10_model.random_crop(crop_key, images)
+            images = networks.random_crop(crop_key, images)
         if settings.mixup:
-            return cifar10_model.mixup(mixup_key, images, labels, settings.mixup)
+            return networks.mixup(mixup_key, images, labels, settings.mixup)
         return images, labels
 
     def train_step(model: nnx.Module, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -280,7 +281,7 @@ def run(
             f"--resume: expected a checkpoint in {checkpoint.path}, found none. "
             "Run without --resume first, or name the --output-dir of that run."
         )
-    data = cifar10_data.load(data_dir, console)
+    data = datasets.load(data_dir, console)
     data = data.first(settings.train_examples, settings.test_examples)
     trainer = Trainer(data, settings)
     console.print(f"{data}\nnetwork: {trainer.parameters:,} parameters; loss: {settings.loss}")
@@ -289,7 +290,7 @@ def run(
         start_loss, rows = restore(checkpoint, trainer, console)
     else:
         start_loss, rows = trainer.test()[0], []
-        console.print(cifar10_report.start_message(start_loss))
+        console.print(reports.start_message(start_loss))
 
     about = {"arguments": dataclasses.asdict(settings), "data": str(data)}
 
@@ -299,16 +300,16 @@ def run(
         record = about | {"start_loss": start_loss, "rows": [dataclasses.asdict(r) for r in rows]}
         checkpoint.save(row.epoch, trainer.modules, record)
 
-    console.print("\n".join([cifar10_report.HEADER, *map(str, rows)]))
+    console.print("\n".join([reports.HEADER, *map(str, rows)]))
     last = min(settings.epochs, stop_after or settings.epochs)
     train(trainer, range(len(rows) + 1, last + 1), on_epoch, console)
 
     title = f"{data.name}, {settings.recipe} recipe, {settings.loss} loss: accuracy {rows[-1].test_accuracy:.1%}"
-    cifar10_report.plot_history(output_dir / "curves.png", title, start_loss, rows)
-    cifar10_report.write_history(output_dir / "history.json", about, start_loss, rows)
+    reports.plot_history(output_dir / "curves.png", title, start_loss, rows)
+    reports.write_history(output_dir / "history.json", about, start_loss, rows)
     report = trainer.report()
     console.print(f"\nWhat the loss on the {len(data.test_labels):,} test images means\n\n{report}\n")
-    cifar10_report.write_report(output_dir, report)
+    reports.write_report(output_dir, report)
     console.print(f"wrote curves.png, report.png, history.json, report.json and checkpoint/ to {output_dir}")
     return rows
 
@@ -459,7 +460,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     return exit_code(program, DamagedDataError, "Interrupted. --resume goes on after the last row above.")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
