@@ -18,9 +18,10 @@ from flax import nnx
 from matplotlib.image import imread
 from rich.console import Console
 
+from jaxce.examples.cifar10 import __main__ as command
 from jaxce.examples.cifar10 import data as datasets
 from jaxce.examples.cifar10 import model as networks
-from jaxce.examples.cifar10 import report, training
+from jaxce.examples.cifar10 import program, report, training
 from jaxce.examples.cifar10.checkpoint import Checkpoint
 from jaxce.examples.cifar10.data import DamagedDataError, DataUnavailableError
 from jaxce.examples.common import UsageError
@@ -287,7 +288,7 @@ def make_settings(**changes):
 def run(output_dir, console, settings=None, **options):
     options = {"data_dir": output_dir / "no data"} | options
     settings = settings or make_settings()
-    return training.run(settings, output_dir=output_dir, console=console, **options)
+    return program.run(settings, output_dir=output_dir, console=console, **options)
 
 
 def without_seconds(rows):
@@ -470,17 +471,17 @@ def test_warns_when_the_loss_at_the_start_is_far_from_chance(loss, warning):
 
 
 def test_recipes_fill_in_what_is_not_given():
-    parse = training.make_parser().parse_args
-    settings = training.settings_from(parse(["--recipe", "full", "--epochs", "3"]))
+    parse = command.make_parser().parse_args
+    settings = command.settings_from(parse(["--recipe", "full", "--epochs", "3"]))
     full = training.RECIPES["full"]
     assert (settings.epochs, settings.width) == (3, full.width)
     assert settings.label_smoothing == full.label_smoothing
     assert settings.learning_rate == full.learning_rate
     assert settings.train_examples is None
 
-    unsmoothed = training.settings_from(parse(["--recipe", "full", "--label-smoothing", "0"]))
+    unsmoothed = command.settings_from(parse(["--recipe", "full", "--label-smoothing", "0"]))
     assert unsmoothed.label_smoothing == 0
-    halved = training.settings_from(parse(["--batch-size", "32"]))
+    halved = command.settings_from(parse(["--batch-size", "32"]))
     assert halved.learning_rate == training.RECIPES["demo"].learning_rate / 2
 
 
@@ -497,13 +498,13 @@ def test_recipes_fill_in_what_is_not_given():
 )
 def test_refuses_bad_arguments(arguments, complaint, capsys):
     with pytest.raises(SystemExit, match="2"):
-        training.main(arguments)
+        command.main(arguments)
     assert complaint in capsys.readouterr().err
 
 
 def test_the_program_ends_with_one_line_for_a_mistake(tmp_path, no_network, capsys):
     paths = ["--data-dir", str(tmp_path / "data"), "--output-dir", str(tmp_path / "run")]
-    assert training.main([*paths, "--batch-size", "2000"]) == 2
+    assert command.main([*paths, "--batch-size", "2000"]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: --batch-size: expected at most 1437")
     assert errors.count("\n") == 1

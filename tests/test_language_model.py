@@ -20,9 +20,10 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from jaxce.examples.common import UsageError
+from jaxce.examples.language_model import __main__ as command
 from jaxce.examples.language_model import data as texts
 from jaxce.examples.language_model import model as networks
-from jaxce.examples.language_model import report, training
+from jaxce.examples.language_model import program, report, training
 from jaxce.examples.language_model.data import BytePairTokenizer, ByteTokenizer, UnusableTextError
 from jaxce.examples.language_model.report import Measures, Yardsticks
 
@@ -312,7 +313,7 @@ def test_testing_weighs_tokens_alike_in_a_last_short_batch(dataset):
     np.testing.assert_allclose(trainer.test(), at_once.test(), rtol=16 * EPS)
 
 
-# The whole training.
+# The whole program.
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +323,7 @@ def finished(tmp_path_factory):
     (path / "text.txt").write_text("".join(f"There were {i} of [them] before.\n\n" for i in range(400)))
     console = Console(file=io.StringIO(), width=400)
     with jax.numpy_dtype_promotion("standard"):
-        rows = training.run(
+        rows = program.run(
             make_settings(steps=25), data=path / "text.txt", output_dir=path / "new" / "results", console=console
         )
     return rows, path / "new" / "results", output(console)
@@ -416,11 +417,11 @@ def test_warns_when_the_loss_at_the_start_is_far_from_chance(loss, warning):
 
 
 def test_defaults():
-    parse = training.make_parser().parse_args
-    settings = training.settings_from(parse([]))
-    assert (settings.loss, settings.mode, settings.vocab_size) == ("fused", None, training.VOCAB_SIZE)
+    parse = command.make_parser().parse_args
+    settings = command.settings_from(parse([]))
+    assert (settings.loss, settings.mode, settings.vocab_size) == ("fused", None, command.VOCAB_SIZE)
     assert settings.width % networks.HEAD_SIZE == 0
-    plain = training.settings_from(parse(["--tokens", "bytes"]))
+    plain = command.settings_from(parse(["--tokens", "bytes"]))
     assert plain.vocab_size is None
 
 
@@ -439,7 +440,7 @@ def test_defaults():
 )
 def test_refuses_bad_arguments(arguments, complaint, capsys):
     with pytest.raises(SystemExit, match="2"):
-        training.main(arguments)
+        command.main(arguments)
     assert complaint in capsys.readouterr().err
 
 
@@ -455,7 +456,7 @@ def test_refuses_bad_arguments(arguments, complaint, capsys):
 )
 def test_the_program_ends_with_one_line_for_a_mistake(tmp_path, folder, arguments, complaint, capsys):
     data = [] if "--data" in arguments else ["--data", str(folder)]
-    assert training.main([*data, *arguments, "--output-dir", str(tmp_path / "run")]) == 2
+    assert command.main([*data, *arguments, "--output-dir", str(tmp_path / "run")]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {complaint}")
     assert errors.count("\n") == 1
@@ -464,7 +465,7 @@ def test_the_program_ends_with_one_line_for_a_mistake(tmp_path, folder, argument
 
 def test_says_before_training_that_results_cannot_be_written(tmp_path, folder, capsys):
     blocked = ["--data", str(folder), "--context", "16", "--output-dir", str(folder / "b.txt" / "run")]
-    assert training.main(blocked) == 2
+    assert command.main(blocked) == 2
     assert "error: --output-dir: expected a folder, got" in capsys.readouterr().err
 
 
@@ -481,7 +482,7 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, folder, capfd, monkeypa
     rows = {}
     for processes in ("1", "2"):
         output_dir = tmp_path / processes
-        code = training.main([*arguments, "--processes", processes, "--output-dir", str(output_dir)])
+        code = command.main([*arguments, "--processes", processes, "--output-dir", str(output_dir)])
         assert code == 0
         history = json.loads((output_dir / "history.json").read_text())
         rows[processes] = [(row["train_loss"], row["validation_loss"]) for row in history["rows"]]

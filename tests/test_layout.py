@@ -65,8 +65,9 @@ ORDER = [
     "jaxce.examples.cifar10.data",
     "jaxce.examples.cifar10.model",
     "jaxce.examples.cifar10.checkpoint",
-    "jaxce.examples.cifar10.report",
     "jaxce.examples.cifar10.training",
+    "jaxce.examples.cifar10.report",
+    "jaxce.examples.cifar10.program",
     "jaxce.examples.cifar10.__main__",
     "jaxce.examples.language_model",
     "jaxce.examples.language_model.data",
@@ -74,6 +75,7 @@ ORDER = [
     "jaxce.examples.language_model.processes",
     "jaxce.examples.language_model.report",
     "jaxce.examples.language_model.training",
+    "jaxce.examples.language_model.program",
     "jaxce.examples.language_model.__main__",
 ]
 RUNTIME = {"jax", "jaxlib", "numpy"}

@@ -1,14 +1,18 @@
-"""What the examples share: argument types, the progress bar, what a loss at the start may be, versions."""
+"""What the examples share: how a program ends, argument types, the progress bar, the loss to expect at the start."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import jax
+from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -22,17 +26,16 @@ class UsageError(Exception):
     """Arguments that do not fit the data or the checkpoint."""
 
 
-def exit_code(program: Callable[[], None], problem: type[Exception], interrupted: str) -> int:
+def exit_code(program: Callable[[], int | None], problem: type[Exception], interrupted: str) -> int:
     """Run a program; what the user can mend is told in a line, without a traceback."""
     try:
-        program()
+        return program() or 0
     except (UsageError, problem) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return 130
-    return 0
 
 
 def checked(kind: type[int] | type[float], expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
@@ -64,11 +67,32 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("jaxce", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UsageError(f"--output-dir: expected a folder, got {path}: {problem.strerror}.") from problem
+
+
+def parameter_count(model: nnx.Module) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def start_warning(loss: float, chance: float, subject: str, guessing: str, too_high: str) -> str:
+    """A line for a loss before training that is not that of guessing; nothing for one that is."""
+    if abs(loss - chance) <= START_MARGIN:
+        return ""
+    too_low = "A network that has seen nothing cannot know that much: are these weights trained?"
+    hint = too_low if loss < chance else too_high
+    return f"\nWarning: expected {subject} within {START_MARGIN} of {guessing}. {hint}"
+
+
+def surroundings(*packages: str) -> dict[str, dict[str, str | int | None]]:
+    """The versions of Python, of what both examples use and of `packages`, and the machine."""
+    found: dict[str, str | int | None] = {"python": platform.python_version()}
+    for package in ("jaxce", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", *packages):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"  # jaxce itself, run from a checkout
-    return found
+    return {"versions": found, "machine": {"platform": platform.platform(), "cpu_count": os.cpu_count()}}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxce.diagnostics import Report
 from jaxce.examples.cifar10.data import NUM_CLASSES
-from jaxce.examples.common import START_MARGIN, versions
+from jaxce.examples.common import start_warning, surroundings
 
 CHANCE_LOSS = math.log(NUM_CLASSES)
 HEADER = "epoch   train loss   test loss   accuracy    skill   seconds"
@@ -45,21 +43,14 @@ class EpochRow:
 def start_message(loss: float) -> str:
     """The loss before training beside that of guessing, and a warning if they are far apart."""
     message = f"loss before training: {loss:.4f}; of guessing: ln {NUM_CLASSES} = {CHANCE_LOSS:.4f}"
-    if abs(loss - CHANCE_LOSS) <= START_MARGIN:
-        return message
-    hint = (
-        "A network that has seen nothing cannot know that much: are these weights trained?"
-        if loss < CHANCE_LOSS
-        else "The initial logits are too large, or the input is not normalised."
-    )
-    return f"{message}\nWarning: expected them within {START_MARGIN} of each other. {hint}"
+    too_high = "The initial logits are too large, or the input is not normalised."
+    return message + start_warning(loss, CHANCE_LOSS, "them", "each other", too_high)
 
 
 def write_history(path: Path, about: dict[str, Any], start_loss: float, rows: Sequence[EpochRow]) -> None:
     """Write the rows, with ``about``: what the run was asked to do, and on which data."""
     history = about | {
-        "versions": versions(),
-        "machine": {"platform": platform.platform(), "cpu_count": os.cpu_count()},
+        **surroundings(),
         "chance_loss": CHANCE_LOSS,
         "start_loss": start_loss,
         "epochs": [dataclasses.asdict(row) | {"skill": row.skill} for row in rows],

@@ -15,17 +15,18 @@ AXIS = "vocabulary"
 TABLE = P(AXIS)
 
 
-def launch(program: Callable[[Sequence[str]], int], argv: Sequence[str], count: int) -> int:
-    """Run ``program(argv)`` in so many processes on this machine that work as one; the first exit code that is not 0.
+def launch(program: Callable[..., int], arguments: Sequence[object], count: int) -> int:
+    """Run ``program(*arguments)`` in so many processes on this machine that work as one.
 
-    On several machines, start it once on each with `jax.distributed.initialize` instead.
+    Returns the first exit code that is not 0. On several machines, start the program once on each with
+    `jax.distributed.initialize` instead.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     # A fork would share the parent's threads, which JAX does not survive.
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(program, argv, address, count, i)) for i in range(count)]
+    workers = [context.Process(target=_work, args=(program, arguments, address, count, i)) for i in range(count)]
     for worker in workers:
         worker.start()
     try:
@@ -37,10 +38,10 @@ def launch(program: Callable[[Sequence[str]], int], argv: Sequence[str], count: 
     return next((worker.exitcode for worker in workers if worker.exitcode), 0)
 
 
-def _work(program: Callable[[Sequence[str]], int], argv: Sequence[str], address: str, count: int, index: int) -> None:
+def _work(program: Callable[..., int], arguments: Sequence[object], address: str, count: int, index: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, count, index)
-    raise SystemExit(program(argv))
+    raise SystemExit(program(*arguments))
 
 
 def make_mesh() -> Mesh | None:

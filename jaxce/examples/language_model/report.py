@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from jaxce.examples.common import START_MARGIN, versions
+from jaxce.examples.common import start_warning, surroundings
 
 HEADER = "  step   train loss   validation loss   perplexity   bits per byte   seconds"
 
@@ -80,14 +77,8 @@ class Yardsticks:
             f"loss before training: {loss:.4f}; of guessing: ln {self.vocab_size} = {self.chance_loss:.4f}; "
             f"of knowing how frequent each token is: {self.unigram_entropy:.4f}"
         )
-        if abs(loss - self.chance_loss) <= START_MARGIN:
-            return message
-        hint = (
-            "A network that has seen nothing cannot know that much: are these weights trained?"
-            if loss < self.chance_loss
-            else "The initial logits are too large."
-        )
-        return f"{message}\nWarning: expected it within {START_MARGIN} of ln {self.vocab_size}. {hint}"
+        guessing = f"ln {self.vocab_size}"
+        return message + start_warning(loss, self.chance_loss, "it", guessing, "The initial logits are too large.")
 
 
 def write_history(
@@ -95,8 +86,7 @@ def write_history(
 ) -> None:
     """Write the rows, with ``about``: what the run was asked to do, and on which data."""
     history = about | {
-        "versions": versions() | {"tokenizers": importlib.metadata.version("tokenizers")},
-        "machine": {"platform": platform.platform(), "cpu_count": os.cpu_count()},
+        **surroundings("tokenizers"),
         "chance_loss": yardsticks.chance_loss,
         "unigram_entropy": yardsticks.unigram_entropy,
         "start": start._asdict(),
