@@ -20,6 +20,19 @@ def test_every_public_name_is_in_the_reference(name):
     assert name in DOCUMENTED
 
 
+def test_what_the_guide_for_developers_names_exists():
+    root, text = DOCS.parent, (DOCS.parent / "DEVELOPING.md").read_text()
+    paths = set(re.findall(r"(?:jaxce|tests|benchmarks|docs)/[\w./]*\w", text)) | {"CHANGELOG.md", ".ci/run"}
+    paths |= {f"jaxce/linear/{name}" for name in re.findall(r"(?<![\w/])\w+\.py", text)}
+    assert [path for path in sorted(paths) if not (root / path).exists()] == []
+    targets = set(re.findall(r"make ([a-z-]+)", text)) - {"in"}
+    assert len(targets) > 5
+    assert [name for name in targets if f"\n{name}:" not in (root / "Makefile").read_text()] == []
+    code = "\n".join(path.read_text() for path in (root / "jaxce").rglob("*.py"))
+    names = set(re.findall(r"`([a-z]\w+)`", text)) - {"linear", "sharded", "gpu", "optimized"}
+    assert [name for name in names if f"def {name}(" not in code] == []
+
+
 @pytest.mark.parametrize("pattern", ["docs/api/*.rst", "notebooks/*.ipynb"])
 def test_every_page_is_reachable(pattern):
     index = (DOCS / "index.md").read_text()
