@@ -11,41 +11,38 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxce.arguments import Examples, Options, Shared
 from jaxce.sharding import AxisNames, sum_over
-from jaxce.stats import Spec, Terms, working_dtype
+from jaxce.stats import Terms, weighted, working_dtype
 
 
-def terms(
-    spec: Spec,
-    logits: Array,
-    indices: Array | None,
-    probs: Array | None,
-    smoothing_weights: Array | None,
-    where: Array | None,
-) -> Terms:
+def terms(options: Options, examples: Examples, shared: Shared) -> Terms:
     """As `jaxce.softmax.softmax_terms`."""
+    logits, probs, where, class_weights = examples.logits, examples.probs, examples.where, shared.class_weights
     if where is not None:
         where = jnp.broadcast_to(where, logits.shape)
+    if probs is not None and class_weights is not None:
+        probs = weighted(probs, class_weights)
 
     def row(z: Array, i: Array | None, t: Array | None, mask: Array | None) -> Terms:
-        return _row_terms(spec, z, i, t, smoothing_weights, mask)
+        return _row_terms(options, z, i, t, class_weights, mask)
 
     for _ in logits.shape[:-1]:
         row = jax.vmap(row)
-    return row(logits.astype(working_dtype(logits.dtype)), indices, probs, where)
+    return row(logits.astype(working_dtype(logits.dtype)), examples.indices, probs, where)
 
 
 def _row_terms(
-    spec: Spec, z: Array, indices: Array | None, probs: Array | None, v: Array | None, where: Array | None
+    options: Options, z: Array, indices: Array | None, probs: Array | None, v: Array | None, where: Array | None
 ) -> Terms:
     if where is not None:
         z = jnp.where(where, z, 0)  # a masked logit may be NaN, where a tanh has no derivative
-    if spec.logit_softcap is not None:
-        z = spec.logit_softcap * jnp.tanh(z / spec.logit_softcap)
+    if options.logit_softcap is not None:
+        z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
     z = z + jnp.where(z == jnp.inf, jnp.nan, 0)
     if where is not None:
         z = jnp.where(where, z, -jnp.inf)
-    axes = spec.axis_name
+    axes = options.axis_name
     z_max = lax.stop_gradient(jnp.max(z))
     z_max = lax.pmax(z_max, axes) if axes else z_max
     d = z - z_max
@@ -63,10 +60,10 @@ def _row_terms(
     else:
         target = _expectation(probs.astype(z.dtype), surprise, axes)
     smoothing = entropy = None
-    if spec.smoothing:
+    if options.label_smoothing:
         v = jnp.ones_like(z) if v is None else v
         smoothing = _expectation(v if where is None else jnp.where(where, v, 0), surprise, axes)
-    if spec.entropy:
+    if options.return_aux:
         entropy = _expectation(p, surprise, axes)
     return Terms(z_max + log_sum, target, smoothing, entropy)
 

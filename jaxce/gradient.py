@@ -7,20 +7,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from jaxce.arguments import Examples, Options, Shared
 from jaxce.lookup import put
 from jaxce.sharding import mask_like
-from jaxce.stats import RowStats, Spec, Terms, times
-from jaxce.sums import Rows, effective, exponentials_for_gradient, left_out, smoothing_distribution
-
-
-class Row(NamedTuple):
-    """What a gradient is taken in: all or some of the classes of each row, logits `[..., V]` and what weighs them."""
-
-    logits: Array
-    indices: Array | None
-    probs: Array | None
-    smoothing_weights: Array | None
-    where: Array | None
+from jaxce.stats import RowStats, Terms, times
+from jaxce.sums import effective, exponentials_for_gradient, left_out, rows_of, smoothing_distribution
 
 
 class Factors(NamedTuple):
@@ -45,17 +36,17 @@ class Factors(NamedTuple):
     entropy: Array | None
 
 
-def factors(spec: Spec, indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> Factors:
+def factors(options: Options, indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> Factors:
     """What `gradient` needs to know of whole rows: their finite record, and the cotangents of the terms of each."""
     dead = ~alive & ~_any_used(ct)
     sound = jnp.where(alive | dead, 1, jnp.nan).astype(stats.rest.dtype)
     rest = stats.rest
     inverse = sound / (1 + rest)
     a = ct.log_normalizer + (jnp.sum(ct.target, -1) if indices is not None else ct.target * stats.target.mass)
-    if spec.smoothing:
+    if options.label_smoothing:
         a = a + ct.smoothing * stats.smoothing.mass
     at_targets = entropy = None
-    if spec.entropy:
+    if options.return_aux:
         entropy = ct.entropy * inverse
         a = a - entropy * stats.spread
     if indices is not None:
@@ -65,8 +56,12 @@ def factors(spec: Spec, indices: Array | None, stats: RowStats, alive: Array, ct
     return Factors(dead, maximum, sound * jnp.log1p(rest), a * inverse, at_targets, ct.target, ct.smoothing, entropy)
 
 
-def gradient(spec: Spec, row: Row, of: Factors, again: bool = False) -> tuple[Array, Array | None, Array | None]:
-    """The gradients in logits, probs (not yet rounded to their dtype) and smoothing_weights.
+def gradient(
+    options: Options, logits: Array, examples: Examples, shared: Shared, of: Factors, again: bool = False
+) -> tuple[Array, Array | None, Array | None]:
+    """The gradients in logits, in probabilities `[..., V]` (not yet rounded to their dtype) and in class weights.
+
+    The logits `[..., V]` are of all classes or of some, as is what weighs them.
 
     `again` is what `exponentials_for_gradient` takes.
 
@@ -76,37 +71,42 @@ def gradient(spec: Spec, row: Row, of: Factors, again: bool = False) -> tuple[Ar
     (times the mass of their distributions) and −h times the mean of max − z; h is the cotangent of the entropy;
     τ and σ are target and smoothing distribution times their cotangents.
     """
-    dtype = of.scale.dtype
+    dtype, rows = of.scale.dtype, rows_of(options, logits, examples, shared)
 
     def taking_part(x: Array) -> Array:
-        return x if row.where is None else jnp.where(mask_like(row.where, x), x, jnp.zeros_like(x))
+        return x if rows.where is None else jnp.where(mask_like(rows.where, x), x, jnp.zeros_like(x))
 
-    z = effective(spec, row.logits, row.where)
-    rows = Rows(row.logits, left_out(spec, row.indices), where=row.where)
-    e = exponentials_for_gradient(spec, again, rows, of.max)
+    z = effective(options, logits, rows.where)
+    bare = rows._replace(indices=left_out(options, rows.indices), probs=None, smoothing_weights=None)
+    e = exponentials_for_gradient(options, again, bare, of.max)
     below = of.max[..., None] - _alive(of.dead, z.astype(dtype))
     scale = of.scale[..., None]
     if of.entropy is not None:
         scale = scale + of.entropy[..., None] * _finite_distance(below)
     dz = e * scale
     if of.at_targets is not None:
-        dz = put(dz, row.indices, of.at_targets)
+        dz = put(dz, rows.indices, of.at_targets)
 
     dprobs = dweights = None
     surprise = below + of.log_sum[..., None]  # −log p
-    if row.probs is not None:
-        dz = dz - of.target[..., None] * row.probs.astype(dtype)
+    batch = tuple(range(dz.ndim - 1))
+    if rows.probs is not None:
+        dz = dz - of.target[..., None] * rows.probs.astype(dtype)
         dprobs = taking_part(times(of.target[..., None], surprise))
+        if shared.class_weights is not None:
+            dweights = jnp.sum(times(examples.probs.astype(dtype), dprobs), batch)
+            dprobs = times(shared.class_weights, dprobs)
     if of.smoothing is not None:
         share = of.smoothing[..., None]
-        dz = dz - share * smoothing_distribution(dz, dtype, row.smoothing_weights, row.where)
-        if row.smoothing_weights is not None:
-            dweights = jnp.sum(taking_part(times(share, surprise)), tuple(range(dz.ndim - 1)))
-    if spec.logit_softcap is not None:
-        t = jnp.tanh(_alive(of.dead, row.logits.astype(dtype)) / spec.logit_softcap)
+        dz = dz - share * smoothing_distribution(dz, dtype, rows.smoothing_weights, rows.where)
+        if rows.smoothing_weights is not None:
+            by_class = jnp.sum(taking_part(times(share, surprise)), batch)
+            dweights = by_class if dweights is None else dweights + by_class
+    if options.logit_softcap is not None:
+        t = jnp.tanh(_alive(of.dead, logits.astype(dtype)) / options.logit_softcap)
         dz = dz * ((1 - t) * (1 + t))
     dz = taking_part(dz)  # last: a masked logit may be NaN
-    return dz.astype(row.logits.dtype), dprobs, dweights
+    return dz.astype(logits.dtype), dprobs, dweights
 
 
 def _alive(dead: Array, x: Array) -> Array:

@@ -9,45 +9,41 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxce.compose import Amounts
+from jaxce.arguments import Examples, Shared
 from jaxce.sharding import explicit_mesh, place, spec_of
-from jaxce.targets import Targets
 
 
-def sharded_alike(
-    logits: Array, targets: Targets, where: Array | None, amounts: Amounts, axes: tuple[int, ...]
-) -> tuple[Targets, Array | None, Amounts]:
-    """Targets, mask and weights, on a mesh with Explicit axes sharded as the logits are."""
-    if (mesh := explicit_mesh(logits)) is None:
-        return targets, where, amounts
-    full = spec_of(logits)
+def sharded_alike(examples: Examples, shared: Shared, axes: tuple[int, ...]) -> tuple[Examples, Shared]:
+    """On a mesh with Explicit axes, targets, mask and weights are sharded as the logits are."""
+    if (mesh := explicit_mesh(examples.logits)) is None:
+        return examples, shared
+    full = spec_of(examples.logits)
     batch = [s for i, s in enumerate(full) if i not in axes]
 
     def placed(x: Array | None, spec: Sequence[Any]) -> Array | None:
         return x if x is None else place(x, mesh, spec)
 
     entries = [*batch, None]
-    probs = placed(targets.probs, full if targets.indices is None else entries)
     by_class = [full[axes[0]] if len(axes) == 1 else None]
-    amounts = amounts._replace(
-        weights=placed(amounts.weights, batch), class_weights=placed(amounts.class_weights, by_class)
+    examples = examples._replace(
+        indices=placed(examples.indices, entries),
+        probs=placed(examples.probs, full if examples.indices is None else entries),
+        weights=placed(examples.weights, batch),
+        where=placed(examples.where, full),
     )
-    return Targets(placed(targets.indices, entries), probs), placed(where, full), amounts
+    return examples, shared._replace(class_weights=placed(shared.class_weights, by_class))
 
 
-def classes_last(
-    logits: Array, targets: Targets, where: Array | None, axes: tuple[int, ...]
-) -> tuple[Array, Targets, Array | None]:
+def classes_last(examples: Examples, axes: tuple[int, ...]) -> Examples:
     """Logits `[..., V]`, targets to match, and a mask that still broadcasts."""
-    full = logits.shape
-    probs = targets.probs
-    if probs is not None and targets.indices is None:
+    full, probs, where = examples.logits.shape, examples.probs, examples.where
+    if probs is not None and examples.indices is None:
         probs = _move(probs, axes)
     if where is not None:
         if len(axes) > 1:  # these axes become one, so the mask must span them
             where = jnp.broadcast_to(where, [n if i in axes else where.shape[i] for i, n in enumerate(full)])
         where = _move(where, axes)
-    return _move(logits, axes), Targets(targets.indices, probs), where
+    return examples._replace(logits=_move(examples.logits, axes), probs=probs, where=where)
 
 
 def _move(x: Array, axes: tuple[int, ...]) -> Array:

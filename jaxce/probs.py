@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxce import checks
-from jaxce.compose import Amounts, Options, checked_options, compose, unused_examples
+from jaxce.arguments import Examples, Options, Shared, checked
+from jaxce.compose import compose, who_counts
 from jaxce.layout import classes_last, sharded_alike
 from jaxce.lookup import pick
 from jaxce.stats import Terms, times, working_dtype
-from jaxce.targets import Targets, entry_probs, is_class, sort_by_kind
+from jaxce.targets import entry_probs, is_class
 
 
 def cross_entropy_from_probs(
@@ -61,13 +62,11 @@ def cross_entropy_from_probs(
     """
     probs = checks.float_array("probs", probs)
     axes = checks.class_axes(axis, probs.ndim)
-    batch = tuple(n for i, n in enumerate(probs.shape) if i not in axes)
-    num_classes = math.prod(probs.shape[i] for i in axes)
-    checks.num_classes("probs", num_classes)
-    by_kind, ignore_index = sort_by_kind(targets, batch, probs.shape, probs.dtype, ignore_index)
-    options, amounts = checked_options(
-        batch,
-        num_classes,
+    checks.num_classes("probs", math.prod(probs.shape[i] for i in axes))
+    examples, shared, options = checked(
+        targets,
+        probs.shape,
+        axes,
         probs.dtype,
         weights=weights,
         class_weights=class_weights,
@@ -75,42 +74,45 @@ def cross_entropy_from_probs(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    return _loss(probs, by_kind, amounts, axes=axes, options=options)
+    return _loss(examples._replace(logits=probs), shared, axes=axes, options=options)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))
-def _loss(p: Array, targets: Targets, amounts: Amounts, *, axes: tuple[int, ...], options: Options) -> Array:
-    targets, _, amounts = sharded_alike(p, targets, None, amounts, axes)
-    p, targets, _ = classes_last(p, targets, None, axes)
+def _loss(examples: Examples, shared: Shared, *, axes: tuple[int, ...], options: Options) -> Array:
+    """Of probabilities in place of logits."""
+    examples, shared = sharded_alike(examples, shared, axes)
+    examples = classes_last(examples, axes)
+    p, indices, class_weights = examples.logits, examples.indices, shared.class_weights
     dtype = working_dtype(p.dtype)
     p = p.astype(dtype)
-    if targets.indices is None:  # used more than once: their gradients are added before they are rounded
-        targets = targets._replace(probs=targets.probs.astype(dtype))
+    if indices is None:  # used more than once: their gradients are added before they are rounded
+        examples = examples._replace(probs=examples.probs.astype(dtype))
     like = jnp.sum(p, -1)
-    unused = unused_examples(targets, like, options, amounts)
+    counts = who_counts(options, examples, shared, like)
+    unused = counts.unused
     slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
     valid = jnp.all((p >= 0) & (p <= 1 + slack), -1)
-    if targets.indices is not None:
-        entries = entry_probs(targets, options.ignore_index)
-        idle = jnp.zeros(targets.indices.shape, jnp.bool_) if entries is None else entries == 0
+    if indices is not None:
+        entries = entry_probs(indices, examples.probs, options.ignore_index)
+        idle = jnp.zeros(indices.shape, jnp.bool_) if entries is None else entries == 0
         idle |= unused[..., None]
-        valid &= jnp.all(is_class(targets.indices, p.shape[-1]) | idle, -1)
+        valid &= jnp.all(is_class(indices, p.shape[-1]) | idle, -1)
     p = jnp.where((unused & ~valid)[..., None], jnp.ones_like(p), p)
     p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
 
-    if targets.indices is not None:
-        target = _surprise(pick(p, targets.indices), idle)
+    if indices is not None:
+        target = _surprise(pick(p, indices), idle)
     else:
-        t = targets.probs
-        if amounts.class_weights is not None:
-            t = t * jnp.broadcast_to(amounts.class_weights, t.shape)
+        t = examples.probs
+        if class_weights is not None:
+            t = t * jnp.broadcast_to(class_weights, t.shape)
         target = jnp.sum(times(t, _surprise(p, (t == 0) | unused[..., None])), -1)
     smoothing = None
     if options.label_smoothing:
-        v = jnp.ones_like(p) if amounts.class_weights is None else jnp.broadcast_to(amounts.class_weights, p.shape)
+        v = jnp.ones_like(p) if class_weights is None else jnp.broadcast_to(class_weights, p.shape)
         smoothing = jnp.sum(times(v, _surprise(p, (v == 0) | unused[..., None])), -1)
     terms = Terms(jnp.zeros_like(like), target, smoothing)
-    return cast(Array, compose(terms, targets, p.shape[-1], amounts, options))
+    return cast(Array, compose(options, terms, examples, shared, counts, p.shape[-1]))
 
 
 def _surprise(p: Array, idle: Array) -> Array:

@@ -5,32 +5,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxce import autodiff, checks
-from jaxce.compose import Amounts, CrossEntropyAux, Options, checked_options, compose, unused_examples
-from jaxce.gradient import Row, factors, gradient
+from jaxce.arguments import Examples, Options, Shared, checked, of_nll, of_terms
+from jaxce.compose import CrossEntropyAux, compose, who_counts
+from jaxce.gradient import factors, gradient
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import on_this_device, shard_count, shard_start, sum_over, vary, varying
-from jaxce.stats import (
-    RowStats,
-    Spec,
-    Terms,
-    finish,
-    finite,
-    merge_argmax,
-    merge_shards,
-    weighted,
-    working_dtype,
-)
-from jaxce.sums import effective, row_stats
-from jaxce.targets import Targets, sort_by_kind
+from jaxce.sharding import mask_like, on_this_device, shard_count, shard_start, sum_over, vary, varying
+from jaxce.stats import RowStats, Terms, finish, finite, merge_argmax, merge_shards, working_dtype
+from jaxce.sums import row_stats, rows_of
 
 
 @overload
@@ -192,90 +182,69 @@ def softmax_cross_entropy_with_integer_labels(
     if not checks.is_integers(labels):
         hint = "Probabilities go to jaxce.softmax_cross_entropy."
         checks.fail(TypeError, "labels", "an array of integers, class indices", checks.describe(labels), hint)
-    return _checked_loss(logits, labels, axis, where, targets_name="labels")
+    return cast(Array, _checked_loss(logits, labels, axis, where, targets_name="labels"))
 
 
 def _checked_loss(
-    logits: Any,
-    targets: Any,
-    axis: Any,
-    where: Any,
-    targets_name: str = "targets",
-    ignore_index: int | None = None,
-    **options: Any,
-):
+    logits: Any, targets: Any, axis: Any, where: Any, targets_name: str = "targets", **options: Any
+) -> Array | tuple[Array, CrossEntropyAux]:
     logits = checks.float_array("logits", logits)
     axes = checks.class_axes(axis, logits.ndim)
-    batch = tuple(n for i, n in enumerate(logits.shape) if i not in axes)
-    num_classes = math.prod(logits.shape[i] for i in axes)
-    checks.num_classes("logits", num_classes)
-    by_kind, ignore_index = sort_by_kind(targets, batch, logits.shape, logits.dtype, ignore_index, targets_name)
-    if where is not None:
-        where = checks.where_mask(where, logits.shape, batch, axes)
-    constants, amounts = checked_options(batch, num_classes, logits.dtype, ignore_index=ignore_index, **options)
+    checks.num_classes("logits", math.prod(logits.shape[i] for i in axes))
+    examples, shared, constants = checked(
+        targets, logits.shape, axes, logits.dtype, targets_name, where=where, **options
+    )
     checks.split_over("logits", logits, constants.axis_name, "classes")
     checks.split_over("logits", logits, constants.batch_axis_name, "examples")
-    return _loss(logits, by_kind, where, amounts, axes=axes, options=constants)
+    return _loss(examples._replace(logits=logits), shared, axes=axes, options=constants)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))
 def _loss(
-    logits: Array, targets: Targets, where: Array | None, amounts: Amounts, *, axes: tuple[int, ...], options: Options
+    examples: Examples, shared: Shared, *, axes: tuple[int, ...], options: Options
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    targets, where, amounts = sharded_alike(logits, targets, where, amounts, axes)
-    logits, targets, where = classes_last(logits, targets, where, axes)
-    return loss_of_logits(logits, targets, where, amounts, options)
+    examples, shared = sharded_alike(examples, shared, axes)
+    return loss_of_logits(options, classes_last(examples, axes), shared)
 
 
-def loss_of_logits(
-    logits: Array, targets: Targets, where: Array | None, amounts: Amounts, options: Options
-) -> Array | tuple[Array, CrossEntropyAux]:
+def loss_of_logits(options: Options, examples: Examples, shared: Shared) -> Array | tuple[Array, CrossEntropyAux]:
     """The loss, from checked arguments with the classes last."""
-    axes = options.axis_name
-    start = shard_start(logits.shape[-1], axes)
-    participating = class_count(where, logits.shape)
-    if participating is not None:
-        participating = sum_over(participating, axes)
-    terms_of: Callable[..., Terms] = softmax_terms
-    if options.implementation == "autodiff":
-        # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
-        terms_of = autodiff.terms
-        unused = unused_examples(targets, jnp.max(logits, -1), options, amounts, participating)
-        bad = ~jnp.all(jnp.isfinite(jnp.max(logits, -1, keepdims=True) - logits), -1)
-        bad = sum_over(bad.astype(jnp.int32), axes) > 0
-        logits = jnp.where((unused & bad)[..., None], jnp.zeros_like(logits), logits)
-    probs = targets.probs if targets.indices is None else None
-    by_class = probs
-    if probs is not None and amounts.class_weights is not None:
+    axes, logits = options.axis_name, examples.logits
+    by_class = examples.indices is None and shared.class_weights is not None
+    if by_class:
         # Several uses below, of logits too with aux: their gradients must not be rounded before they are added.
-        dtype = amounts.class_weights.dtype
-        probs = probs.astype(dtype)
-        targets = targets._replace(probs=probs)
-        by_class = weighted(probs, amounts.class_weights)
+        dtype = shared.class_weights.dtype
+        examples = examples._replace(probs=examples.probs.astype(dtype))
         if options.return_aux:
             logits = logits.astype(dtype)
-    indices = None if targets.indices is None else on_this_device(targets.indices, logits.shape[-1], axes)
-    rows = (logits, indices, by_class, amounts.class_weights, where)
+    classes = class_count(examples.where, logits.shape)
+    if classes is not None:
+        classes = sum_over(classes, axes)
+    if options.implementation == "autodiff":
+        # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
+        largest = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
+        counts = who_counts(options, examples, shared, largest, classes)
+        bad = ~jnp.all(jnp.isfinite(jnp.max(logits, -1, keepdims=True) - logits), -1)
+        bad = sum_over(bad.astype(jnp.int32), axes) > 0
+        logits = jnp.where((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits)
+    V = logits.shape[-1]
+    indices = None if examples.indices is None else on_this_device(examples.indices, V, axes)
+    rows = of_terms(options, examples._replace(logits=logits, indices=indices), shared)
     rows = vary(rows, varying(rows))
-    if terms_of is softmax_terms:
-        rows = reverse_mode_only(rows)
-    terms = terms_of(options.spec, *rows)
+    terms_of: Callable[..., Terms] = autodiff.terms
+    if options.implementation != "autodiff":
+        terms_of, rows = softmax_terms, reverse_mode_only(rows)
+    terms = terms_of(options, *rows)
+    counts = who_counts(options, examples, shared, terms.log_normalizer, classes)
     unweighted = prediction = None
+    if (without := of_nll(options, *rows)) is not None:
+        unweighted = terms_of(*without).target
     if options.return_aux:
-        if by_class is not probs:
-            unweighted = terms_of(options.nll_spec, rows[0], None, vary(probs, varying(rows)), None, where).target
-        z = effective(Spec(), logits, where)
-        argmax = jnp.argmax(z, -1).astype(jnp.int32) + start
+        z = logits if examples.where is None else jnp.where(mask_like(examples.where, logits), logits, -jnp.inf)
+        argmax = jnp.argmax(z, -1).astype(jnp.int32) + shard_start(V, axes)
         prediction = merge_argmax(jnp.max(z, -1).astype(working_dtype(z.dtype)), argmax, axes)
     return compose(
-        terms,
-        targets,
-        logits.shape[-1] * shard_count(axes),
-        amounts,
-        options,
-        participating=participating,
-        unweighted=unweighted,
-        prediction=prediction,
+        options, terms, examples, shared, counts, V * shard_count(axes), unweighted=unweighted, prediction=prediction
     )
 
 
@@ -283,40 +252,36 @@ def loss_of_logits(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def softmax_terms(
-    spec: Spec,
-    logits: Array,
-    indices: Array | None,
-    probs: Array | None,
-    smoothing_weights: Array | None,
-    where: Array | None,
-) -> Terms:
-    """The terms of each row of `logits [..., V]`, for targets `indices [..., K]` or `probs [..., V]`.
+def softmax_terms(options: Options, examples: Examples, shared: Shared) -> Terms:
+    """The terms of each row of logits, for what `jaxce.arguments.of_terms` leaves of the arguments.
 
     With the classes split over devices, all of it is of this device's classes, numbered from 0, and the terms are of
     all of them.
-    Differentiable in logits, probs and smoothing_weights. The residuals are the logits themselves and per-row numbers.
+    Differentiable in logits, probabilities and class weights. The residuals are the arguments and per-row numbers.
     """
-    return _terms_and_record(False, spec, logits, indices, probs, smoothing_weights, where)[0]
+    return _terms_and_record(False, options, examples, shared)[0]
 
 
-def _terms_and_record(keep, spec, logits, indices, probs, smoothing_weights, where):
-    stats = row_stats(logits, spec, indices, probs, smoothing_weights, where, keep)
-    stats = merge_shards(stats, spec.axis_name)
+def _terms_and_record(keep, options, examples, shared):
+    stats = row_stats(options, rows_of(options, examples.logits, examples, shared), keep)
+    stats = merge_shards(stats, options.axis_name)
     return written(finish(stats)), stats
 
 
-def _terms_fwd(spec, logits, indices, probs, smoothing_weights, where):
-    given = logits, indices, probs, smoothing_weights, where
-    terms, stats = _terms_and_record(not spec.axis_name, spec, *given)
-    return terms, (Row(*given), *finite(stats))
+def _terms_fwd(options, examples, shared):
+    terms, stats = _terms_and_record(not options.axis_name, options, examples, shared)
+    return terms, (examples, shared, *finite(stats))
 
 
-def _terms_bwd(spec: Spec, residuals: tuple[Row, RowStats, Array], ct: Terms):
-    row, stats, alive = residuals
-    of_rows = written(factors(spec, row.indices, stats, alive, ct))
-    dlogits, dprobs, dweights = gradient(spec, row, of_rows, again=not spec.axis_name)
-    return dlogits, None, None if dprobs is None else dprobs.astype(row.probs.dtype), dweights, None
+def _terms_bwd(options: Options, residuals: tuple[Examples, Shared, RowStats, Array], ct: Terms):
+    examples, shared, stats, alive = residuals
+    of_rows = written(factors(options, examples.indices, stats, alive, ct))
+    dlogits, dprobs, dweights = gradient(
+        options, examples.logits, examples, shared, of_rows, again=not options.axis_name
+    )
+    if dprobs is not None:
+        dprobs = dprobs.astype(examples.probs.dtype)
+    return Examples(logits=dlogits, probs=dprobs), Shared(class_weights=dweights)
 
 
 softmax_terms.defvjp(_terms_fwd, _terms_bwd)

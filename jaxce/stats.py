@@ -65,19 +65,6 @@ class Terms(NamedTuple):
     entropy: Array | None = None
 
 
-class Spec(NamedTuple):
-    """Which terms are wanted, and of what: constants of the compiled program.
-
-    logit_softcap: the soft cap of the logits.
-    axis_name: the mesh axes that the classes are split over.
-    """
-
-    logit_softcap: float | None = None
-    smoothing: bool = False
-    entropy: bool = False
-    axis_name: AxisNames = ()
-
-
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
     """float64 for float64, float32 for every narrower float."""
     return jnp.dtype(dtype if jnp.dtype(dtype) == jnp.float64 else jnp.float32)

@@ -32,10 +32,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxce.arguments import Examples, Options, Shared
 from jaxce.lookup import compared, gathered, is_class, pick, put, scattered
 from jaxce.on_cpu import on_one_cpu
 from jaxce.sharding import explicitly_sharded, mask_like
-from jaxce.stats import Gap, RowStats, Spec, shift, times, working_dtype
+from jaxce.stats import Gap, RowStats, shift, times, weighted, working_dtype
 
 # Numbers in a chunk, 4 MB of float32. The loss of 256 x 32768 takes 1.5 times as long in chunks of 16 MB, 3 times as
 # long in one piece, and no less in chunks of 1 MB.
@@ -47,55 +48,59 @@ _SHORT = 128
 
 
 class Rows(NamedTuple):
-    """Rows of logits `[..., V]`, and what else their sums depend on, of the same number of axes.
+    """Rows of logits `[..., V]`, of all classes or of some, and what else is needed for their terms.
 
-    left_out: the class to leave out, `[..., 1]`, perhaps not among these; None: one that has the maximum.
+    indices: `[..., K]`, perhaps not among these classes. In the sums, the class to leave out, `[..., 1]`; None: one
+      that has the maximum.
+    probs: `[..., V]`, times the class weights.
+    smoothing_weights: the class weights, for smoothing.
     """
 
     logits: Array
-    left_out: Array | None = None
+    indices: Array | None = None
     probs: Array | None = None
     smoothing_weights: Array | None = None
     where: Array | None = None
 
 
-def row_stats(
-    logits: Array,
-    spec: Spec,
-    indices: Array | None = None,
-    probs: Array | None = None,
-    smoothing_weights: Array | None = None,
-    where: Array | None = None,
-    keep: bool = False,
-) -> RowStats:
-    """The record of `logits [..., V]`, which are capped and masked by `where` first.
+def rows_of(options: Options, logits: Array, examples: Examples, shared: Shared) -> Rows:
+    """The rows of logits, with class weights where they come in: at probability targets, and by smoothing."""
+    weights, probs = shared.class_weights, examples.probs
+    if probs is not None and weights is not None:
+        probs = weighted(probs.astype(weights.dtype), weights)
+    return Rows(logits, examples.indices, probs, weights if options.label_smoothing else None, examples.where)
+
+
+def row_stats(options: Options, rows: Rows, keep: bool = False) -> RowStats:
+    """The record of rows, whose logits are capped and masked by `where` first.
 
     keep: `exponentials_for_gradient` will be called for the same logits.
     """
-    label = left_out(spec, indices)
-    if smoothing_weights is not None:
-        smoothing_weights = smoothing_weights.reshape((1,) * (logits.ndim - 1) + smoothing_weights.shape)
-    stats = _sums(spec, keep, Rows(logits, label, probs, smoothing_weights, where))
+    label, weights = left_out(options, rows.indices), rows.smoothing_weights
+    if weights is not None:
+        weights = weights.reshape((1,) * (rows.logits.ndim - 1) + weights.shape)
+    stats = _sums(options, keep, rows._replace(indices=label, smoothing_weights=weights))
     if stats.smoothing is not None and stats.smoothing.mass is None:
-        every = jnp.full_like(stats.rest, logits.shape[-1])
+        every = jnp.full_like(stats.rest, rows.logits.shape[-1])
         stats = stats._replace(smoothing=stats.smoothing._replace(mass=every))
     if label is not None:
         return stats._replace(picked=stats.picked[..., None])
-    if indices is None:
+    if rows.indices is None:
         return stats
-    return stats._replace(picked=pick(effective(spec, logits, where), indices).astype(stats.max.dtype))
+    z = effective(options, rows.logits, rows.where)
+    return stats._replace(picked=pick(z, rows.indices).astype(stats.max.dtype))
 
 
-def left_out(spec: Spec, indices: Array | None) -> Array | None:
+def left_out(options: Options, indices: Array | None) -> Array | None:
     """The class that the sums of each row leave out by its number, `[..., 1]`; None if it is one with the maximum."""
-    return None if indices is None or indices.shape[-1] > 1 or spec.entropy else indices
+    return None if indices is None or indices.shape[-1] > 1 or options.return_aux else indices
 
 
-def effective(spec: Spec, logits: Array, where: Array | None) -> Array:
+def effective(options: Options, logits: Array, where: Array | None) -> Array:
     """The logits that the softmax sees: capped, then masked. Without either they keep their dtype."""
-    if spec.logit_softcap is not None:
+    if options.logit_softcap is not None:
         logits = logits.astype(working_dtype(logits.dtype))
-        logits = spec.logit_softcap * jnp.tanh(logits / spec.logit_softcap)
+        logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
     return logits if where is None else jnp.where(mask_like(where, logits), logits, -jnp.inf)
 
 
@@ -124,7 +129,7 @@ def _exponentials_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def exponentials_for_gradient(spec: Spec, again: bool, rows: Rows, maximum: Array) -> Array:
+def exponentials_for_gradient(options: Options, again: bool, rows: Rows, maximum: Array) -> Array:
     """exp(z − max) in the working dtype, but 0 where that is NaN, and anything at the class that is left out.
 
     again: the maximum is that of these logits, and `row_stats` was to keep them. On CPU it is the very expression of
@@ -133,14 +138,14 @@ def exponentials_for_gradient(spec: Spec, again: bool, rows: Rows, maximum: Arra
 
     def own(like: Array, operands: tuple[Rows, Array]) -> Array:
         rows, _ = operands
-        if not _keeps(spec, rows):
+        if not _keeps(options, rows):
             return elsewhere(like, operands)
-        e = _written_exponentials(spec, _flat(rows, like.shape[:-1]))[2]
+        e = _written_exponentials(options, _flat(rows, like.shape[:-1]))[2]
         return jnp.where(e >= 0, e, 0).reshape(like.shape)
 
     def elsewhere(like: Array, operands: tuple[Rows, Array]) -> Array:
         rows, maximum = operands
-        z = effective(spec, rows.logits, rows.where)
+        z = effective(options, rows.logits, rows.where)
         # Not a select by rows, which takes three times as long on CPU.
         e = jnp.where(z.astype(maximum.dtype) - maximum[..., None] < 1, exponentials(z, maximum), 0)
         return jnp.broadcast_to(e, like.shape)
@@ -152,47 +157,49 @@ def exponentials_for_gradient(spec: Spec, again: bool, rows: Rows, maximum: Arra
 
 
 @exponentials_for_gradient.defjvp
-def _exponentials_for_gradient_jvp(spec, again, primals, tangents):
+def _exponentials_for_gradient_jvp(options, again, primals, tangents):
     rows, maximum = primals
-    e = exponentials_for_gradient(spec, again, rows, maximum)
-    dz = jax.jvp(lambda x: effective(spec, x, rows.where), (rows.logits,), (tangents[0].logits,))[1]
+    e = exponentials_for_gradient(options, again, rows, maximum)
+    dz = jax.jvp(lambda x: effective(options, x, rows.where), (rows.logits,), (tangents[0].logits,))[1]
     return e, e * dz.astype(e.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sums(spec: Spec, keep: bool, rows: Rows) -> RowStats:
+def _sums(options: Options, keep: bool, rows: Rows) -> RowStats:
     """The record, with `picked` the logit that is left out, and without the mass of uniform smoothing."""
     if explicitly_sharded(rows.logits):
-        return _fused(spec, rows)
+        return _fused(options, rows)
     like = rows.logits[..., 0].astype(working_dtype(rows.logits.dtype))
     uniform = rows.smoothing_weights is None and rows.where is None
     likes = RowStats(
         max=like,
         rest=like,
-        picked=None if rows.left_out is None else like,
+        picked=None if rows.indices is None else like,
         target=None if rows.probs is None else Gap(like, like),
-        smoothing=Gap(like, None if uniform else like) if spec.smoothing else None,
-        spread=like if spec.entropy else None,
+        smoothing=Gap(like, None if uniform else like) if options.label_smoothing else None,
+        spread=like if options.return_aux else None,
     )
 
     def elsewhere(likes: RowStats, rows: Rows) -> RowStats:
-        return jax.tree.map(lambda like, x: jnp.broadcast_to(x, like.shape), likes, _fused(spec, rows))
+        return jax.tree.map(lambda like, x: jnp.broadcast_to(x, like.shape), likes, _fused(options, rows))
 
-    return on_one_cpu(functools.partial(_on_cpu, spec, keep), elsewhere, likes, rows)
+    return on_one_cpu(functools.partial(_on_cpu, options, keep), elsewhere, likes, rows)
 
 
 @_sums.defjvp
-def _sums_jvp(spec, keep, primals, tangents):
-    stats = _sums(spec, keep, *primals)
+def _sums_jvp(options, keep, primals, tangents):
+    stats = _sums(options, keep, *primals)
 
     def plainly(rows: Rows) -> RowStats:
-        z = effective(spec, rows.logits, rows.where)
-        return _record(spec, rows, z, stats.max, jnp.sum(exponentials(z, stats.max), -1), jnp.sum)
+        z = effective(options, rows.logits, rows.where)
+        return _record(options, rows, z, stats.max, jnp.sum(exponentials(z, stats.max), -1), jnp.sum)
 
     return stats, jax.jvp(plainly, primals, tangents)[1]
 
 
-def _record(spec: Spec, rows: Rows, z: Array, maximum: Array, rest: Array, add: Any, take: Any = pick) -> RowStats:
+def _record(
+    options: Options, rows: Rows, z: Array, maximum: Array, rest: Array, add: Any, take: Any = pick
+) -> RowStats:
     """The other sums of rows with effective logits `z`. `add` sums up the last axis, `take` is a form of `pick`."""
 
     def below() -> Array:
@@ -205,30 +212,30 @@ def _record(spec: Spec, rows: Rows, z: Array, maximum: Array, rest: Array, add: 
     target = smoothing = spread = None
     if rows.probs is not None:
         target = gap(rows.probs)
-    if spec.smoothing and rows.smoothing_weights is None and rows.where is None:
+    if options.label_smoothing and rows.smoothing_weights is None and rows.where is None:
         smoothing = Gap(add(below(), -1), None)
-    elif spec.smoothing:
+    elif options.label_smoothing:
         smoothing = gap(smoothing_distribution(z, maximum.dtype, rows.smoothing_weights, rows.where))
-    if spec.entropy:
+    if options.return_aux:
         # exp(−inf)·inf must count as 0: with a finite stand-in for the distance it does.
         distance = jnp.minimum(below(), jnp.finfo(maximum.dtype).max)
         spread = add(jnp.exp(-distance) * distance, -1)
-    picked = None if rows.left_out is None else take(z, rows.left_out)[..., 0].astype(maximum.dtype)
+    picked = None if rows.indices is None else take(z, rows.indices)[..., 0].astype(maximum.dtype)
     return RowStats(maximum, rest, picked, target, smoothing, spread)
 
 
-def _fused(spec: Spec, rows: Rows) -> RowStats:
+def _fused(options: Options, rows: Rows) -> RowStats:
     """For compilers that fuse: passes over the logits, the first of which finds the maximum and the label's logit."""
-    z = effective(spec, rows.logits, rows.where)
-    if rows.left_out is None:
+    z = effective(options, rows.logits, rows.where)
+    if rows.indices is None:
         maximum = jnp.max(z, -1).astype(working_dtype(z.dtype))
         rest = _without_maximum(exponentials(z, maximum), jnp.sum)
     else:
-        z_label = _label_or_nothing(z, rows.left_out, compared)
-        others = jnp.where(is_class(z, rows.left_out[..., 0]), -jnp.inf, z)
+        z_label = _label_or_nothing(z, rows.indices, compared)
+        others = jnp.where(is_class(z, rows.indices[..., 0]), -jnp.inf, z)
         maximum = jnp.maximum(jnp.max(others, -1).astype(z_label.dtype), z_label)
         rest = jnp.sum(exponentials(others, maximum), -1) + jnp.expm1(z_label - shift(maximum))
-    return _record(spec, rows, z, maximum, rest, jnp.sum, compared)
+    return _record(options, rows, z, maximum, rest, jnp.sum, compared)
 
 
 def _label_or_nothing(z: Array, label: Array, take: Any) -> Array:
@@ -247,7 +254,7 @@ def _without_maximum(e: Array, add: Any) -> Array:
 # --- on CPU ---------------------------------------------------------------------------------------------------------
 
 
-def _on_cpu(spec: Spec, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
+def _on_cpu(options: Options, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
     like = likes.max
     rows = _flat(rows, like.shape)
     N, V = rows.logits.shape
@@ -256,12 +263,12 @@ def _on_cpu(spec: Spec, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
         stats, rows = state
         start = jnp.minimum(i * size, N - size)  # the last rows may be worked on twice
         part = Rows(*(x if x is None or len(x) == 1 else _slice_of(x, start, size) for x in rows))
-        new = _of_chunk(spec, part)
+        new = _of_chunk(options, part)
         stats = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), stats, new)
         return stats, lax.optimization_barrier(rows)  # so that nothing is done to all of them before the loop
 
-    if _is_small(rows.logits) or not isinstance(N, int) or (keep and _keeps(spec, rows)):
-        stats = _of_chunk(spec, rows)
+    if _is_small(rows.logits) or not isinstance(N, int) or (keep and _keeps(options, rows)):
+        stats = _of_chunk(options, rows)
     else:
         chunks = -(-N // max(_CHUNK // V, 1))
         size = -(-N // chunks)
@@ -291,30 +298,30 @@ def _flat(rows: Rows, batch: tuple[int, ...]) -> Rows:
     return Rows(*(flat(x, shared=i > 1) for i, x in enumerate(rows)))
 
 
-def _of_chunk(spec: Spec, rows: Rows) -> RowStats:
+def _of_chunk(options: Options, rows: Rows) -> RowStats:
     def add(x: Array, axis: int) -> Array:
         if x.shape[axis] <= _SHORT and _is_small(x):
             return jnp.matmul(lax.optimization_barrier(x), jnp.ones(x.shape[axis], x.dtype), precision="highest")
         return jnp.sum(x, axis)
 
-    z, maximum, e = _written_exponentials(spec, rows)
-    if rows.left_out is None:
+    z, maximum, e = _written_exponentials(options, rows)
+    if rows.indices is None:
         rest = _without_maximum(e, add)
     else:
-        z_label = _label_or_nothing(z, rows.left_out, gathered)
+        z_label = _label_or_nothing(z, rows.indices, gathered)
         rest = add(e, -1) + jnp.expm1(z_label - shift(maximum))
-    return _record(spec, rows, z, maximum, rest, add, gathered)
+    return _record(options, rows, z, maximum, rest, add, gathered)
 
 
-def _written_exponentials(spec: Spec, rows: Rows) -> tuple[Array, Array, Array]:
+def _written_exponentials(options: Options, rows: Rows) -> tuple[Array, Array, Array]:
     """Effective logits, their maximum, and exp(z − max) in memory, 0 at the class that is left out."""
-    z = effective(spec, rows.logits, rows.where)
+    z = effective(options, rows.logits, rows.where)
     if z is not rows.logits:  # or each sum would cap them anew, and might round them differently
         z = lax.optimization_barrier(z)
     maximum = jnp.max(z, -1).astype(working_dtype(z.dtype))
     e = exponentials(z, maximum)
-    if rows.left_out is not None:
-        e = (put if z.shape[-1] <= _SHORT else scattered)(e, rows.left_out, jnp.zeros_like(e[..., :1]))
+    if rows.indices is not None:
+        e = (put if z.shape[-1] <= _SHORT else scattered)(e, rows.indices, jnp.zeros_like(e[..., :1]))
     return z, maximum, lax.optimization_barrier(e)
 
 
@@ -323,12 +330,12 @@ def _is_small(x: Array) -> bool:
     return isinstance(x.size, int) and x.size <= _CHUNK
 
 
-def _keeps(spec: Spec, rows: Rows) -> bool:
+def _keeps(options: Options, rows: Rows) -> bool:
     """Whether the backward pass should find the exponentials of the forward pass in memory, rather than compute them.
 
     The gradient of a label's loss is made of them in place, where it is of their dtype. Elsewhere they would take
     memory of their own, and more time, beyond what the cache holds.
     """
     z = rows.logits
-    in_place = rows.left_out is not None and not spec.smoothing and z.dtype == working_dtype(z.dtype)
+    in_place = rows.indices is not None and not options.label_smoothing and z.dtype == working_dtype(z.dtype)
     return in_place or _is_small(z)

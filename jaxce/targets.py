@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +47,6 @@ class SparseTargets:
 serializable(SparseTargets)
 
 
-class Targets(NamedTuple):
-    """Checked targets: indices `[..., K]` with probs `[..., K]` or None (1 each); or probs alone, shaped as logits."""
-
-    indices: Array | None
-    probs: Array | None
-
-
 def sort_by_kind(
     targets: Any,
     batch: tuple[int, ...],
@@ -61,10 +54,11 @@ def sort_by_kind(
     dtype: DTypeLike,
     ignore_index: int | None,
     name: str = "targets",
-) -> tuple[Targets, int | None]:
+) -> tuple[Array | None, Array | None, int | None]:
     """Checks `targets` against logits of this dtype and of shape `full`, `batch` without the class axes.
 
-    The second result is the number that ignored labels have in the first.
+    Class indices are indices `[..., K]` with probs `[..., K]` or None (1 each); probabilities are probs alone, shaped
+    as logits. The last result is the number that ignored labels have in the first.
     """
     if isinstance(targets, SparseTargets):
         indices, ignored = class_indices("targets.indices", targets.indices, ignore_index)
@@ -72,11 +66,11 @@ def sort_by_kind(
         probs = checks.float_array("targets.probs", targets.probs)
         checks.probabilities("targets.probs", probs, indices.shape)
         # In the working dtype: where they are used more than once, their gradients are added before they are rounded.
-        return Targets(indices, probs.astype(working_dtype(dtype))), ignored
+        return indices, probs.astype(working_dtype(dtype)), ignored
     if checks.is_integers(targets):
         indices, ignored = class_indices(name, targets, ignore_index)
         checks.indices(name, indices, batch, full)
-        return Targets(indices[..., None], None), ignored
+        return indices[..., None], None, ignored
     if not checks.is_array(targets) or not jnp.issubdtype(jnp.result_type(targets), jnp.floating):
         checks.fail(
             TypeError,
@@ -90,7 +84,7 @@ def sort_by_kind(
     if ignore_index is not None:
         hint = "Give the examples to leave out weight 0: weights=mask."
         checks.fail(ValueError, "ignore_index", "None for probability targets", repr(ignore_index), hint)
-    return Targets(None, probs), None
+    return None, probs, None
 
 
 def class_indices(name: str, x: Any, ignore_index: int | None) -> tuple[Array, int | None]:
@@ -124,14 +118,13 @@ def class_indices(name: str, x: Any, ignore_index: int | None) -> tuple[Array, i
     return jnp.asarray(labels), ignore_index
 
 
-def entry_probs(targets: Targets, ignore_index: int | None) -> Array | None:
+def entry_probs(indices: Array, probs: Array | None, ignore_index: int | None) -> Array | None:
     """The probability of each of the K index entries, 0 for ignored ones; None if each is plainly 1."""
-    if targets.probs is None and ignore_index is None:
-        return None
-    probs = jnp.ones_like(targets.indices, dtype=jnp.float32) if targets.probs is None else targets.probs
     if ignore_index is None:
         return probs
-    return jnp.where(targets.indices == ignore_index, jnp.zeros_like(probs), probs)
+    if probs is None:
+        probs = jnp.ones_like(indices, dtype=jnp.float32)
+    return jnp.where(indices == ignore_index, jnp.zeros_like(probs), probs)
 
 
 def is_class(indices: Array, num_classes: int) -> Array:

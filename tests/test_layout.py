@@ -15,7 +15,7 @@ import pytest
 
 import jaxce
 from jaxce import layout
-from jaxce.targets import Targets
+from jaxce.arguments import Examples
 
 PACKAGE = pathlib.Path(jaxce.__file__).parent
 
@@ -29,23 +29,23 @@ ORDER = [
     "jaxce.serialization",
     "jaxce.sharding",
     "jaxce.stats",
+    "jaxce.targets",
+    "jaxce.arguments",
     "jaxce.lookup",
     "jaxce.sums",
-    "jaxce.targets",
     "jaxce.compose",
     "jaxce.layout",
     "jaxce.autodiff",
     "jaxce.gradient",
     "jaxce.softmax",
     "jaxce.linear.blocks",
+    "jaxce.linear.mesh",
     "jaxce.linear.vocabulary",
-    "jaxce.linear.tokens",
+    "jaxce.linear.recompute",
     "jaxce.linear.store",
-    "jaxce.linear.rule",
     "jaxce.linear.chips",
     "jaxce.linear.costs",
     "jaxce.linear.plan",
-    "jaxce.linear.mesh",
     "jaxce.linear",
     "jaxce.linear.tune",
     "jaxce.probs",
@@ -163,11 +163,11 @@ def test_classes_last(axes, with_indices):
     shape = (2, 3, 4, 5)
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     indices = jnp.zeros((7, 1), jnp.int32) if with_indices else None  # these have no class axis: they stay
-    targets = Targets(indices, jnp.asarray(-x))
-    logits, moved, where = layout.classes_last(jnp.asarray(x), targets, jnp.asarray(x % 3 == 0), axes)
+    examples = Examples(jnp.asarray(x), indices=indices, probs=jnp.asarray(-x), where=jnp.asarray(x % 3 == 0))
+    moved = layout.classes_last(examples, axes)
     wanted = numpy_classes_last(x, axes)
-    np.testing.assert_array_equal(logits, wanted)
-    np.testing.assert_array_equal(where, wanted % 3 == 0)
+    np.testing.assert_array_equal(moved.logits, wanted)
+    np.testing.assert_array_equal(moved.where, wanted % 3 == 0)
     assert moved.indices is indices
     np.testing.assert_array_equal(moved.probs, -x if with_indices else -wanted)
 
@@ -177,7 +177,7 @@ def test_classes_last(axes, with_indices):
 def test_masks_still_broadcast_to_the_logits(axes, mask_shape, rng):
     shape = (2, 3, 4, 5)
     mask = rng.random(mask_shape) < 0.6
-    _, _, moved = layout.classes_last(jnp.zeros(shape), Targets(None, None), jnp.asarray(mask), axes)
+    moved = layout.classes_last(Examples(jnp.zeros(shape), where=jnp.asarray(mask)), axes).where
     wanted = numpy_classes_last(np.broadcast_to(mask, shape), axes)
     assert moved.ndim == wanted.ndim
     np.testing.assert_array_equal(jnp.broadcast_to(moved, wanted.shape), wanted)
@@ -188,7 +188,7 @@ def test_masks_still_broadcast_to_the_logits(axes, mask_shape, rng):
 
 def test_without_a_mask_nothing_is_counted():
     assert layout.class_count(None, (2, 3)) is None
-    assert layout.classes_last(jnp.zeros((2, 3)), Targets(None, None), None, (1,))[2] is None
+    assert layout.classes_last(Examples(jnp.zeros((2, 3))), (1,)).where is None
 
 
 @pytest.mark.parametrize("axes", [(0,), (2, 3), (3, 0, 1), (2, 0, 3, 1)])

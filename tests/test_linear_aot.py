@@ -52,7 +52,7 @@ def optax_cycles():
     return get
 
 
-# A program takes half a minute: one of the two layouts of the kernel under each JAX that is tested, all chips between them.
+# A program takes half a minute: each JAX that is tested compiles one of the two layouts, and all chips between them.
 NEWER = jax.__version_info__ >= (0, 12)
 PROGRAMS = [("v6e", 0), ("tpu7x", 1), ("v5e", 1)] if NEWER else [("v6e", 1), ("tpu7x", 0), ("v5p", 0)]
 

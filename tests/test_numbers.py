@@ -17,6 +17,7 @@ from oracle import Cotangents, Problem, assert_within, half_ulp, lower
 
 import jaxce
 from jaxce import lookup, stats, sums
+from jaxce.arguments import Options
 from tests.pairwise import pairwise
 
 IMPLEMENTATIONS = [None, "autodiff"]
@@ -813,11 +814,11 @@ WIDTH = 5  # every block has this many columns, −inf where there are fewer cla
 @jax.jit
 def merged_terms(blocks, block_probs, indices, starts, sizes, order):
     """The terms of rows given as blocks `[BLOCKS, N, WIDTH]`, joined in either of two orders."""
-    spec = stats.Spec(smoothing=True, entropy=True)
+    options = Options(label_smoothing=True, return_aux=True)
 
     def record(block, probs, start, size):
         inside = jnp.arange(WIDTH) < size
-        r = sums.row_stats(block, spec, probs=probs, where=jnp.broadcast_to(inside, block.shape))
+        r = sums.row_stats(options, sums.Rows(block, probs=probs, where=jnp.broadcast_to(inside, block.shape)))
         here = (indices >= start) & (indices < start + size)
         picked = jnp.where(here, lookup.pick(block, indices - start), 0)
         return r._replace(picked=picked, argmax=start + jnp.argmax(block, -1).astype(jnp.int32))

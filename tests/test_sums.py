@@ -15,15 +15,16 @@ from oracle import assert_within
 
 import jaxce
 from jaxce import sums
-from jaxce.stats import RowStats, Spec
+from jaxce.arguments import Options
+from jaxce.stats import RowStats
 
 pytestmark = pytest.mark.optimized
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
-def in_chunks(spec: Spec, rows: sums.Rows) -> RowStats:
+def in_chunks(options: Options, rows: sums.Rows) -> RowStats:
     like = jnp.zeros(rows.logits.shape[:-1], jnp.float32)
-    return sums._on_cpu(spec, False, RowStats(like, like, None if rows.left_out is None else like), rows)
+    return sums._on_cpu(options, False, RowStats(like, like, None if rows.indices is None else like), rows)
 
 
 @pytest.fixture(params=["fused", "short", "one chunk", "chunks"])
@@ -46,7 +47,7 @@ def test_the_sum_without_one_class(rng, form, label):
         logits = np.concatenate([top + np.log(below[:, :classes]), top], -1).astype(np.float32)
         logits = np.concatenate([logits, np.full_like(logits[:1], -np.inf)])
         labels = jnp.full((251, 1), classes) if label else None
-        stats = jax.jit(form, static_argnums=0)(Spec(), sums.Rows(jnp.asarray(logits), labels))
+        stats = jax.jit(form, static_argnums=0)(Options(), sums.Rows(jnp.asarray(logits), labels))
         assert_within(stats.max, logits.max(-1), np.zeros(251), "max")
         assert stats.rest[-1] == -1
         exact = np.expm1(oracle.softmax(oracle.lift(logits[:-1])).log_sum)
@@ -65,9 +66,9 @@ def test_sums_of_every_length(rng, v, dtype):
     labels[::4] = 1
     probs = rng.dirichlet(np.ones(8), n).astype(np.float32)
     probs = jnp.asarray(np.pad(probs, ((0, 0), (0, v - 8))))
-    spec = Spec(smoothing=True)
-    by_label = jax.jit(lambda z, y: sums.row_stats(z, spec, y[:, None]))(logits, jnp.asarray(labels))
-    by_probs = jax.jit(lambda z, t: sums.row_stats(z, spec._replace(entropy=True), None, t))(logits, probs)
+    options, more = Options(label_smoothing=True), Options(label_smoothing=True, return_aux=True)
+    by_label = jax.jit(lambda z, y: sums.row_stats(options, sums.Rows(z, y[:, None])))(logits, jnp.asarray(labels))
+    by_probs = jax.jit(lambda z, t: sums.row_stats(more, sums.Rows(z, probs=t)))(logits, probs)
     z = np.asarray(logits).astype(np.float64)
     exact = oracle.softmax(z)
     rest = np.expm1(exact.log_sum)

@@ -12,16 +12,15 @@ import numpy as np
 from jax import Array
 
 from jaxce import checks
-from jaxce.compose import CrossEntropyAux, Options, applied_weights, checked_options, unused_examples
-from jaxce.linear import blocks, chips, mesh, rule
+from jaxce.arguments import Examples, Options, Shared, checked
+from jaxce.compose import Counts, CrossEntropyAux, who_counts
+from jaxce.linear import blocks, chips, mesh, recompute, store
 from jaxce.linear import plan as plans
 from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan
-from jaxce.linear.tokens import Shared, Tokens, amounts_of, targets_of, vary_by_kind
-from jaxce.sharding import explicit_mesh
+from jaxce.sharding import explicit_mesh, vary
 from jaxce.softmax import loss_of_logits
 from jaxce.stats import matmul_dtype, working_dtype
-from jaxce.targets import sort_by_kind
 
 
 @overload
@@ -150,8 +149,8 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
                 checks.fail(ValueError, name, "None on a mesh with Explicit axes", repr(arguments[name]), hint)
         _checked(**arguments | {"memory_budget": None, "plan": None})  # these are for each device
         return mesh.over_mesh(linear_cross_entropy, explicit, arguments)
-    tokens, shared, options, schedules, *_ = _checked(**arguments)
-    return _loss(tokens, shared, options=options, schedules=schedules)
+    examples, shared, options, schedules, _ = _checked(**arguments)
+    return _loss(examples, shared, options=options, schedules=schedules)
 
 
 def plan_linear_cross_entropy(
@@ -222,14 +221,12 @@ def _checked(
     *,
     bias: Any = None,
     vocab_axis: int = 1,
-    where: Any = None,
-    ignore_index: int | None = None,
     mode: str | None = None,
     memory_budget: int | None = None,
     plan: LinearPlan | None = None,
     precision: Any = None,
     **options: Any,
-) -> tuple[Tokens, Shared, Options, blocks.Schedules, Problem]:
+) -> tuple[Examples, Shared, Options, blocks.Schedules, Problem]:
     hidden = checks.float_array("hidden", hidden)
     kernel = checks.float_array("kernel", kernel)
     *batch, D = hidden.shape
@@ -238,14 +235,10 @@ def _checked(
     checks.kernel(kernel, D, vocab_axis)
     V = kernel.shape[vocab_axis]
     checks.num_classes("kernel", V)
-    full = (*batch, V)
-    dtype = matmul_dtype(hidden.dtype, kernel.dtype)
-    by_kind, ignore_index = sort_by_kind(targets, tuple(batch), full, dtype, ignore_index)
-    if where is not None:
-        where = checks.where_mask(where, full, tuple(batch), (len(batch),))
     if bias is not None:
         bias = checks.bias(bias, V)
-    constants, amounts = checked_options(tuple(batch), V, dtype, ignore_index=ignore_index, **options)
+    dtype = matmul_dtype(hidden.dtype, kernel.dtype)
+    examples, shared, constants = checked(targets, (*batch, V), (len(batch),), dtype, **options)
     checks.split_over("kernel", kernel, constants.axis_name, "classes")
     checks.split_over("hidden", hidden, constants.batch_axis_name, "tokens")
     _check_mode(mode, memory_budget, constants)
@@ -258,25 +251,24 @@ def _checked(
     if not isinstance(D * V, int):
         hint = "Only the batch may be symbolic."
         checks.fail(ValueError, "kernel", "a shape of numbers", checks.describe(kernel), hint)
-    if by_kind.indices is None and amounts.class_weights is not None:
+    if examples.indices is None and shared.class_weights is not None:
         # Used more than once: their gradients are added before they are rounded.
-        by_kind = by_kind._replace(probs=by_kind.probs.astype(amounts.class_weights.dtype))
+        examples = examples._replace(probs=examples.probs.astype(shared.class_weights.dtype))
+    examples, shared = examples._replace(hidden=hidden), shared._replace(kernel=kernel, bias=bias)
     problem = Problem(
         N,
         D,
         V,
         hidden.dtype,
         kernel.dtype,
-        None if by_kind.indices is None else by_kind.indices.shape[-1],
+        None if examples.indices is None else examples.indices.shape[-1],
         constants,
-        weights=amounts.weights is not None,
-        class_weights=amounts.class_weights is not None,
-        mask_per_token=where is not None and any(n != 1 for n in where.shape[:-1]),
+        weights=examples.weights is not None,
+        class_weights=shared.class_weights is not None,
+        mask_per_token=examples.where is not None and any(n != 1 for n in examples.where.shape[:-1]),
     )
     schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget, plan)
-    tokens = Tokens(hidden, by_kind.indices, by_kind.probs, amounts.weights, where)
-    shared = Shared(kernel, bias, amounts.class_weights, amounts.label_smoothing, amounts.z_loss)
-    return tokens, shared, constants, schedules, problem
+    return examples, shared, constants, schedules, problem
 
 
 def _check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
@@ -313,59 +305,58 @@ def _check_plan(plan: Any, shape: tuple[Any, ...], mode: str | None, memory_budg
 
 @functools.partial(jax.jit, static_argnames=("options", "schedules"))
 def _loss(
-    tokens: Tokens, shared: Shared, *, options: Options, schedules: blocks.Schedules
+    examples: Examples, shared: Shared, *, options: Options, schedules: blocks.Schedules
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    V = shared.kernel.shape[schedules[0].vocab_axis]
-    tokens = tokens._replace(hidden=_without_unused(tokens, shared, options, V, schedules[0].forward_v))
-    tokens, shared = vary_by_kind(tokens, shared, options.axis_name)
+    *batch, _ = examples.hidden.shape
+    shape = (*batch, shared.kernel.shape[schedules[0].vocab_axis])
+    classes = blocks.participating(examples.where, shape, schedules[0].forward_v, options.axis_name)
+    like = jnp.sum(examples.hidden, -1).astype(working_dtype(matmul_dtype(examples.hidden.dtype, shared.kernel.dtype)))
+    counts = who_counts(options, examples, shared, like, classes)
+    examples = examples._replace(hidden=_without_unused(options, examples, shared, counts))
+    examples, shared = mesh.vary_by_kind(options, examples, shared)
+    counts = vary(counts, mesh.row_axes(options, examples, shared))
     if options.implementation == "autodiff":
         # Of wide factors, whatever the platform: its derivatives are made of products that a schedule does not see.
         wide = blocks.Schedule(schedules[0].vocab_axis, schedules[0].precision, widens=True)
-        z = blocks.logits(tokens.hidden, shared.kernel, shared.bias, wide)
-        return loss_of_logits(z, targets_of(tokens), tokens.where, amounts_of(tokens, shared), options)
+        z = blocks.logits(examples.hidden, shared.kernel, shared.bias, wide)
+        examples, shared = examples._replace(logits=z, hidden=None), shared._replace(kernel=None, bias=None)
+        return loss_of_logits(options, examples, shared)
     if not any(schedule.block_n for schedule in schedules):
-        return rule.recomputed_loss(schedules, options, tokens, shared)[0]
-    batch = tokens.hidden.shape[:-1]
-    result = rule.stored_loss(schedules, options, _flat(tokens, batch), shared)
+        return recompute.loss(schedules, options, examples, shared, counts)[0]
+    flat, flat_counts = _flat(examples, counts)
+    result = store.loss(schedules, options, flat, shared, flat_counts)
     if not options.return_aux:
         return result
     loss, aux = result
     return loss, jax.tree.map(lambda x: x.reshape(batch), aux)
 
 
-def _without_unused(tokens: Tokens, shared: Shared, options: Options, V: int, block_v: int) -> Array:
+def _without_unused(options: Options, examples: Examples, shared: Shared, counts: Counts) -> Array:
     """The hidden states, but 0 for what is not finite in unused tokens: in a matmul 0·NaN would reach everything."""
-    hidden = tokens.hidden
-    if (
-        options.ignore_index is None
-        and tokens.weights is None
-        and tokens.where is None
-        and shared.class_weights is None
-    ):
+    hidden, unused = examples.hidden, counts.unused
+    given = options.ignore_index, examples.weights, examples.where, shared.class_weights
+    if all(x is None for x in given):
         return hidden
-    classes = blocks.participating(tokens.where, (*hidden.shape[:-1], V), block_v, options.axis_name)
-    like = jnp.sum(hidden, -1).astype(working_dtype(hidden.dtype))
-    given = targets_of(tokens), like, options, amounts_of(tokens, shared), classes
-    unused = unused_examples(*given)
     if not (options.label_smoothing or options.z_loss or options.return_aux):  # which a class of weight 0 does not stop
-        unused |= applied_weights(*given) == 0
+        unused = unused | (counts.weight == 0)
     return jnp.where(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros_like(hidden), hidden)
 
 
-def _flat(tokens: Tokens, batch: tuple[int, ...]) -> Tokens:
+def _flat(examples: Examples, counts: Counts) -> tuple[Examples, Counts]:
     """One axis of N tokens in place of the batch axes."""
+    *batch, _ = examples.hidden.shape
     n = math.prod(batch)
 
     def flat(x: Array | None) -> Array | None:
         return None if x is None else x.reshape(n, x.shape[-1])
 
-    where = tokens.where
-    if where is not None and any(n != 1 for n in where.shape[:-1]):
-        where = jnp.broadcast_to(where, (*batch, where.shape[-1]))
-    return Tokens(
-        flat(tokens.hidden),
-        flat(tokens.indices),
-        flat(tokens.probs),
-        None if tokens.weights is None else jnp.broadcast_to(tokens.weights, batch).reshape(n),
-        where if where is None else where.reshape(-1, where.shape[-1]),
-    )
+    weights, where = examples.weights, examples.where
+    if weights is not None:
+        weights = jnp.broadcast_to(weights, batch).reshape(n)
+    if where is not None:
+        if any(n != 1 for n in where.shape[:-1]):
+            where = jnp.broadcast_to(where, (*batch, where.shape[-1]))
+        where = where.reshape(-1, where.shape[-1])
+    hidden, indices, probs = (flat(x) for x in (examples.hidden, examples.indices, examples.probs))
+    examples = Examples(hidden=hidden, indices=indices, probs=probs, weights=weights, where=where)
+    return examples, jax.tree.map(lambda x: x.reshape(n), counts)

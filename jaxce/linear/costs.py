@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxce.compose import Options
+from jaxce.arguments import Options
 from jaxce.linear.chips import Gpu
 from jaxce.stats import matmul_dtype, working_dtype
 

@@ -1,4 +1,7 @@
-"""The linear loss of arrays that carry their sharding in their type: the same loss inside a `shard_map`."""
+"""The linear loss over devices: what differs along which axes of a mesh.
+
+Arrays that carry their sharding in their type (a mesh with Explicit axes) have the same loss inside a `shard_map`.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,33 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxce import checks
+from jaxce.arguments import Examples, Options, Shared
 from jaxce.compose import CrossEntropyAux
-from jaxce.sharding import place, spec_of
+from jaxce.sharding import place, spec_of, vary, varying
 from jaxce.targets import SparseTargets, class_indices
+
+
+def row_axes(options: Options, examples: Examples, shared: Shared) -> frozenset[str]:
+    """The mesh axes along which the numbers of a row differ, once they are merged over those of the classes."""
+    every = varying(examples, shared) - set(options.axis_name)
+    probs = examples.probs if examples.indices is not None else None
+    return every | varying(examples.indices, probs, examples.weights, shared.label_smoothing, shared.z_loss)
+
+
+def vary_by_kind(options: Options, examples: Examples, shared: Shared) -> tuple[Examples, Shared]:
+    """What has a class axis differs along every mesh axis in play, and the rest along those of the rows."""
+    rows = row_axes(options, examples, shared)
+    classes = rows | set(options.axis_name)
+    return (
+        Examples(
+            hidden=vary(examples.hidden, rows),
+            indices=vary(examples.indices, rows),
+            probs=vary(examples.probs, classes if examples.indices is None else rows),
+            weights=vary(examples.weights, rows),
+            where=vary(examples.where, classes),
+        ),
+        Shared(*vary(shared[:3], classes), *vary(shared[3:], rows)),
+    )
 
 
 def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) -> Array | tuple[Array, CrossEntropyAux]:

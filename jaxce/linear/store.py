@@ -7,53 +7,182 @@ matmuls for loss and gradient. What stays is the gradients themselves, and one b
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce.compose import Amounts, CrossEntropyAux, Options, compose, unused_examples
-from jaxce.linear import vocabulary
-from jaxce.linear.blocks import Schedule, over_blocks, participating, put, take
-from jaxce.linear.tokens import Shared, Tokens, amounts_of, inputs_of, row_axes, targets_of, without_class_weights
-from jaxce.sharding import shard_count, vary, varying
-from jaxce.stats import Terms, finish, finite, matmul_dtype, working_dtype
-from jaxce.targets import Targets
+from jaxce.arguments import Examples, Options, Shared, of_nll, of_terms
+from jaxce.compose import Counts, CrossEntropyAux, compose, mean_divisor
+from jaxce.linear import recompute, vocabulary
+from jaxce.linear.blocks import Schedule, Schedules, by_platform, over_blocks, put, take
+from jaxce.linear.mesh import row_axes
+from jaxce.reverse_mode import reverse_mode_only
+from jaxce.sharding import shard_count, sum_over, vary, varying
+from jaxce.stats import Terms, finish, finite, matmul_dtype, times, working_dtype
+
+Sum = tuple[Array, CrossEntropyAux | None]
+
+
+def loss(
+    schedules: Schedules, options: Options, examples: Examples, shared: Shared, counts: Counts
+) -> Array | tuple[Array, CrossEntropyAux]:
+    """The loss of hidden states `[N, D]`, one number: on platforms that store, gradients are computed along with it.
+
+    The divisor of a mean comes first, so that gradients are divided by it before they are rounded.
+    """
+    examples, shared = reverse_mode_only((examples, shared))
+    rows = row_axes(options, examples, shared)
+    dtype = working_dtype(matmul_dtype(examples.hidden.dtype, shared.kernel.dtype))
+    divisor, nothing = jnp.ones((), dtype), jnp.zeros((), jnp.bool_)
+    if options.reduction != "sum":
+        divisor, nothing = mean_divisor(options, counts)
+    sums = dataclasses.replace(options, reduction="sum", batch_axis_name=())
+    divisor = vary(divisor, rows)
+    loss, aux = _summed_loss(schedules, sums, examples, shared, counts._replace(weight=None), divisor)
+    loss = jnp.where(nothing, 0, sum_over(loss, options.batch_axis_name))
+    return loss if aux is None else (loss, dataclasses.replace(aux, weight=counts.weight))
+
+
+def _recomputed_sum(
+    schedules: Schedules,
+    options: Options,
+    examples: Examples,
+    shared: Shared,
+    counts: Counts,
+    divisor: Array,
+    known: recompute.Records = (None, None),
+) -> tuple[Sum, recompute.Records]:
+    result, records = recompute.loss(schedules, options, examples, shared, counts, known)
+    total, aux = result if isinstance(result, tuple) else (result, None)
+    return (total / divisor, aux), records
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed_loss(
+    schedules: Schedules, options: Options, examples: Examples, shared: Shared, counts: Counts, divisor: Array
+) -> Sum:
+    """Where no gradient is wanted, none is computed: then this is the forward pass of the other mode."""
+    return _recomputed_sum(schedules, options, examples, shared, counts, divisor)[0]
+
+
+def _summed_fwd(schedules, options, examples, shared, counts, divisor):
+    # A token of weight 0 has no part in any gradient but that of its weight, which is its loss.
+    unweighted = examples.weights is None or not examples.weights.perturbed
+    given = jax.tree.map(lambda x: x.value, (examples, shared, counts, divisor))
+    examples, shared, counts, divisor = given
+    rows = row_axes(options, examples, shared)
+
+    # What a platform does not keep is zeros there, which no program computes: the results must be of one type.
+    def stored(schedule, examples, shared, counts, divisor):
+        inputs = of_terms(options, examples, shared)
+        without = of_nll(options, *inputs)
+        records = vocabulary.no_classes(options, *inputs), without and vocabulary.no_classes(*without)
+        records = vary(jax.tree.map(jnp.zeros_like, records), rows)
+        return *_forward(schedule, options, examples, shared, counts, divisor, unweighted), records
+
+    def recomputed(schedule, examples, shared, counts, divisor):
+        (loss, aux), records = _recomputed_sum((schedule,) * 3, options, examples, shared, counts, divisor)
+        grads = jax.tree.map(lambda x: jnp.zeros_like(x, divisor.dtype), _floats(examples, shared))
+        return loss, aux, grads, records
+
+    def either(schedule, *args):
+        return (stored if schedule.block_n else recomputed)(schedule, *args)
+
+    loss, aux, grads, records = by_platform(schedules, either, *given)
+    return (loss, aux), (examples, shared, counts, divisor, loss, grads, records)
+
+
+def _summed_bwd(schedules, options, residuals, cts):
+    examples, shared, *residuals = residuals
+    of_aux = any(_used(x) for x in jax.tree.leaves(cts[1], is_leaf=_is_symbolic))
+    cts = jax.tree.map(_materialised, cts, is_leaf=_is_symbolic)
+
+    def backward(schedule, floats, fixed, counts, divisor, loss, grads, records, cts):
+        if schedule.block_n and not of_aux:
+            dfloats = jax.tree.map(lambda x, g: times(cts[0], g.astype(cts[0].dtype)).astype(x.dtype), floats, grads)
+            return dfloats, -cts[0] * loss / divisor
+
+        # What the aux record adds is known only now, so it takes the matmuls of the other mode.
+        def again(floats, divisor):
+            examples, shared = floats
+            examples = examples._replace(**fixed)
+            known = (None, None) if schedule.block_n else records
+            return _recomputed_sum((schedule,) * 3, options, examples, shared, counts, divisor, known)[0]
+
+        return jax.vjp(again, floats, divisor)[1](cts)
+
+    fixed = {"indices": examples.indices, "where": examples.where}
+    floats = _floats(examples, shared)
+    (dexamples, dshared), ddivisor = by_platform(schedules, backward, floats, fixed, *residuals, cts)
+    return dexamples, dshared, None, ddivisor
+
+
+def _floats(examples: Examples, shared: Shared) -> tuple[Examples, Shared]:
+    return examples._replace(indices=None, where=None), shared
+
+
+def _is_symbolic(x: Any) -> bool:
+    return isinstance(x, jax.custom_derivatives.SymbolicZero)
+
+
+def _used(ct: Any) -> bool:
+    return not _is_symbolic(ct) and ct.dtype != jax.dtypes.float0
+
+
+def _materialised(ct: Any) -> Array:
+    return vary(jnp.zeros(ct.shape, ct.dtype), ct.aval.mat.varying) if _is_symbolic(ct) else ct
+
+
+_summed_loss.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)
+
+
+# --- block by block -------------------------------------------------------------------------------------------------
 
 
 class _State(NamedTuple):
     total: Array
     aux: CrossEntropyAux | None
-    tokens: Tokens  # gradients
+    examples: Examples  # gradients
     shared: Shared  # gradients, summed up
     logits: Array  # of the block at hand: one array for all blocks, which nobody has to clear
 
 
-def forward(
-    schedule: Schedule, options: Options, tokens: Tokens, shared: Shared, divisor: Array, unweighted: bool
-) -> tuple[Array, CrossEntropyAux | None, tuple[Tokens, Shared]]:
+def _forward(
+    schedule: Schedule,
+    options: Options,
+    examples: Examples,
+    shared: Shared,
+    counts: Counts,
+    divisor: Array,
+    unweighted: bool,
+) -> tuple[Array, CrossEntropyAux | None, tuple[Examples, Shared]]:
     """The sum of the losses over the divisor, the aux record, and the gradients of the former in the working dtype.
 
     With `unweighted`, the gradient in the weights is not wanted of tokens whose weight is 0.
     """
-    n, block_n = tokens.hidden.shape[0], schedule.block_n
-    dtype = working_dtype(matmul_dtype(tokens.hidden.dtype, shared.kernel.dtype))
+    n, block_n = examples.hidden.shape[0], schedule.block_n
+    dtype = working_dtype(matmul_dtype(examples.hidden.dtype, shared.kernel.dtype))
     logits = lax.empty((min(block_n, n), shared.kernel.shape[schedule.vocab_axis]), dtype)
-    logits = vary(logits, varying(tokens, shared))
+    logits = vary(logits, varying(examples, shared))
     if 0 < n <= block_n:  # nothing to add up
-        nothing = Shared(None, None, *(None if x is None else jnp.zeros_like(x, dtype) for x in shared[2:]))
-        total, aux, dtokens, dshared, _ = _block(schedule, options, tokens, shared, divisor, nothing, logits)
-        return total, aux, (dtokens, dshared)
-    count, order = n, None
-    if block_n < n and not options.return_aux:  # which says something of unused tokens too
-        tokens, count, order = _used_first(tokens, shared, options, schedule, unweighted)
+        nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), shared._replace(kernel=None, bias=None))
+        given = examples, shared, counts, divisor
+        total, aux, dexamples, dshared, _ = _block(schedule, options, *given, nothing, logits)
+        return total, aux, (dexamples, dshared)
+    order = None
+    if not options.return_aux:  # which says something of unused tokens too
+        examples, counts, order = _used_first(options, examples, counts, unweighted)
+    used = jnp.sum(~counts.unused if unweighted else counts.counted)
 
     def block(start: Any, size: int, state: _State) -> _State:
         def add(state: _State) -> _State:
-            x = jax.tree.map(lambda a: take(a, start, size, 0), tokens) if size < n else tokens
-            total, aux, written, sums, logits = _block(
-                schedule, options, x, shared, divisor, state.shared, state.logits
+            x = jax.tree.map(lambda a: take(a, start, size, 0), (examples, counts)) if size < n else (examples, counts)
+            total, aux, parts, sums, logits = _block(
+                schedule, options, x[0], shared, x[1], divisor, state.shared, state.logits
             )
 
             def write(whole: Array, part: Array) -> Array:
@@ -62,106 +191,88 @@ def forward(
             return _State(
                 state.total + total,
                 jax.tree.map(write, state.aux, aux),
-                jax.tree.map(write, state.tokens, written),
+                jax.tree.map(write, state.examples, parts),
                 sums,
                 logits,
             )
 
-        return add(state) if order is None else lax.cond(start < count, add, lambda state: state, state)
+        return add(state) if order is None else lax.cond(start < used, add, lambda state: state, state)
 
-    total, rows = vary((jnp.zeros((), dtype), jnp.zeros((n,), dtype)), row_axes(tokens, shared, options.axis_name))
-    state = _State(
-        total,
-        CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), rows) if options.return_aux else None,
-        jax.tree.map(lambda x: jnp.zeros_like(x, dtype), tokens._replace(indices=None, where=None)),
-        jax.tree.map(lambda x: jnp.zeros_like(x, dtype), shared),
-        logits,
-    )
+    total, rows = vary((jnp.zeros((), dtype), jnp.zeros((n,), dtype)), row_axes(options, examples, shared))
+    of_examples, of_all = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), _floats(examples, shared))
+    aux = CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), None) if options.return_aux else None
+    state = _State(total, aux, of_examples, of_all, logits)
     if n:
         state = over_blocks(n, block_n, block, state)
-    dtokens = state.tokens
+    dexamples = state.examples
     if order is not None:
-        dtokens = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), dtokens)
-    return state.total, state.aux, (dtokens, state.shared)
+        dexamples = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), dexamples)
+    return state.total, state.aux, (dexamples, state.shared)
 
 
 def _used_first(
-    tokens: Tokens, shared: Shared, options: Options, schedule: Schedule, unweighted: bool
-) -> tuple[Tokens, Any, Array | None]:
-    """The tokens with the unused ones last, the number of the others, and their order.
+    options: Options, examples: Examples, counts: Counts, unweighted: bool
+) -> tuple[Examples, Counts, Array | None]:
+    """The tokens with the unused ones last, and their order.
 
     Not where all are used, and not where probabilities or a mask `[N, V]` would have to be moved with them.
     """
-    heavy = tokens.indices is None or (tokens.where is not None and tokens.where.shape[0] > 1)
-    weights = tokens.weights if unweighted else None
-    if heavy or (options.ignore_index is None and weights is None):
-        return tokens, tokens.hidden.shape[0], None
-    shape = (tokens.hidden.shape[0], shared.kernel.shape[schedule.vocab_axis])
-    classes = participating(tokens.where, shape, schedule.forward_v, options.axis_name)
-    like = jnp.sum(tokens.hidden, -1)
-    amounts = amounts_of(tokens, shared)._replace(weights=weights)
-    unused = unused_examples(targets_of(tokens), like, options, amounts, classes)
-    order = jnp.argsort(unused, stable=True)
-    ordered = jax.tree.map(lambda x: x if x.shape[0] == 1 else jnp.take(x, order, axis=0), tokens)
-    return ordered, jnp.sum(~unused), order
+    heavy = examples.indices is None or (examples.where is not None and examples.where.shape[0] > 1)
+    if heavy or (options.ignore_index is None and (examples.weights is None or not unweighted)):
+        return examples, counts, None
+    order = jnp.argsort(counts.unused if unweighted else ~counts.counted, stable=True)
+    ordered = jax.tree.map(lambda x: x if x.shape[0] == 1 else jnp.take(x, order, axis=0), (examples, counts))
+    return *ordered, order
 
 
 def _block(
     schedule: Schedule,
     options: Options,
-    tokens: Tokens,
+    examples: Examples,
     shared: Shared,
+    counts: Counts,
     divisor: Array,
     sums: Shared,
     logits: Array,
-) -> tuple[Array, CrossEntropyAux | None, Tokens, Shared, Array]:
+) -> tuple[Array, CrossEntropyAux | None, Examples, Shared, Array]:
     """Loss over divisor, aux record and gradients of a block of tokens; what belongs to all tokens is added to `sums`.
 
     The last result is the array `logits`, overwritten with those of this block.
 
     Without a kernel in `sums`, the gradients of kernel and bias are written as they are.
     """
-    spec, inputs = options.spec, inputs_of(tokens, shared, schedule.vocab_axis, options)
-    stats, kept = vocabulary.forward(schedule, spec, inputs, keep_in=logits)
+    inputs = of_terms(options, examples, shared)
+    stats, kept = vocabulary.forward(schedule, options, *inputs, keep_in=logits)
     unweighted = None
-    if (without := without_class_weights(inputs, options)) is not None:
-        unweighted = vocabulary.forward(schedule, options.nll_spec, without, kept=kept)[0]
-    shape = (tokens.hidden.shape[0], shared.kernel.shape[schedule.vocab_axis])
+    if (without := of_nll(options, *inputs)) is not None:
+        unweighted = finish(vocabulary.forward(schedule, *without, kept=kept)[0]).target
+    num_classes = shared.kernel.shape[schedule.vocab_axis] * shard_count(options.axis_name)
 
-    def loss(terms: Terms, probs: Array | None, amounts: Amounts) -> tuple[Array, CrossEntropyAux | None]:
-        result = compose(
-            terms,
-            Targets(tokens.indices, probs),
-            shape[-1] * shard_count(options.axis_name),
-            amounts,
-            options,
-            participating=participating(tokens.where, shape, schedule.forward_v, options.axis_name),
-            unweighted=None if unweighted is None else finish(unweighted).target,
-            prediction=stats.argmax,
-        )
+    def composed(terms: Terms, floats: Examples, shared: Shared) -> Sum:
+        x = floats._replace(indices=examples.indices, where=examples.where)
+        given = options, terms, x, shared, counts, num_classes
+        result = compose(*given, unweighted=unweighted, prediction=stats.argmax)
         total, aux = result if isinstance(result, tuple) else (result, None)
         return total / divisor, aux
 
-    total, pullback, aux = jax.vjp(loss, finish(stats), tokens.probs, amounts_of(tokens, shared), has_aux=True)
-    ct, dprobs, damounts = pullback(jnp.ones_like(total))
-    # Class weights come into the loss in three ways: here, at probability targets, and by smoothing.
-    summed = inputs._replace(
-        kernel=sums.kernel,
-        bias=sums.bias,
-        target_weights=None if inputs.target_weights is None else jnp.zeros_like(sums.class_weights),
-        smoothing_weights=None if inputs.smoothing_weights is None else jnp.zeros_like(sums.class_weights),
+    floats, of_all = _floats(examples._replace(hidden=None), shared._replace(kernel=None, bias=None))
+    total, pullback, aux = jax.vjp(composed, finish(stats), floats, of_all, has_aux=True)
+    ct, dexamples, dshared = pullback(jnp.ones_like(total))
+    # Class weights come into the loss here, and in the terms: at probability targets, and by smoothing.
+    numbers = sums._replace(kernel=None, bias=None)
+    numbers = jax.tree.map(lambda total, d: total + d.astype(total.dtype), numbers, dshared)
+    by_class = Shared(sums.kernel, sums.bias, numbers.class_weights)
+    of_rows, of_all = vocabulary.backward(
+        schedule, options, *inputs, *finite(stats), ct, kept=kept, sums=None if sums.kernel is None else by_class
     )
-    grads = vocabulary.backward(
-        schedule, spec, inputs, *finite(stats), ct, kept=kept, sums=None if sums.kernel is None else summed
-    )
-    dshared = Shared(None, None, damounts.class_weights, damounts.label_smoothing, damounts.z_loss)
-    sums = jax.tree.map(
-        lambda x, d: x if d is None else x + d.astype(x.dtype), sums, dshared, is_leaf=lambda x: x is None
-    )
-    for by_class in (grads.target_weights, grads.smoothing_weights):
-        if by_class is not None:
-            sums = sums._replace(class_weights=sums.class_weights + by_class)
-    sums = sums._replace(kernel=grads.kernel, bias=grads.bias)
-    if inputs.probs is not None:
-        dprobs = grads.probs
-    return total, aux, Tokens(grads.hidden, None, dprobs, damounts.weights), sums, kept
+    if sums.kernel is None:
+        of_all = of_all._replace(class_weights=_sum_of(by_class.class_weights, of_all.class_weights))
+    dexamples = dexamples._replace(hidden=of_rows.hidden)
+    if examples.indices is None:
+        dexamples = dexamples._replace(probs=of_rows.probs)
+    sums = numbers._replace(kernel=of_all.kernel, bias=of_all.bias, class_weights=of_all.class_weights)
+    return total, aux, dexamples, sums, kept
+
+
+def _sum_of(a: Array | None, b: Array | None) -> Array | None:
+    return a if b is None else b if a is None else a + b

@@ -1,0 +1,152 @@
+"""The checked arguments of a loss, once: what differs by example, what all examples share, constants of the program.
+
+The fields have the names of the public arguments. Functions that need only some of them get the record all the same,
+and a derivative in a record is a record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxce import checks
+from jaxce.sharding import AxisNames
+from jaxce.stats import working_dtype
+from jaxce.targets import sort_by_kind
+
+REDUCTIONS = ("none", "sum", "mean", "mean_count")
+IMPLEMENTATIONS = ("xla", "autodiff")
+
+
+class Examples(NamedTuple):
+    """What differs by example, or token. It has either logits or hidden states.
+
+    Class indices are `indices [..., K]`, with `probs [..., K]` unless each is 1; probabilities are `probs [..., V]`
+    without indices.
+    """
+
+    logits: Array | None = None
+    hidden: Array | None = None
+    indices: Array | None = None
+    probs: Array | None = None
+    weights: Array | None = None
+    where: Array | None = None
+
+
+class Shared(NamedTuple):
+    """What all examples share."""
+
+    kernel: Array | None = None
+    bias: Array | None = None
+    class_weights: Array | None = None
+    label_smoothing: Array | None = None
+    z_loss: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Constants of the compiled program."""
+
+    label_smoothing: bool = False  # whether there is any: its amount is an array
+    z_loss: bool = False
+    logit_softcap: float | None = None
+    ignore_index: int | None = None
+    reduction: str = "none"
+    return_aux: bool = False
+    implementation: str = "xla"
+    axis_name: AxisNames = ()
+    batch_axis_name: AxisNames = ()
+
+    @property
+    def of_nll(self) -> Options:
+        """For the negative log-likelihood alone."""
+        return dataclasses.replace(self, label_smoothing=False, return_aux=False)
+
+
+def checked(
+    targets: Any,
+    full: tuple[int, ...],
+    class_axes: Sequence[int],
+    dtype: DTypeLike,
+    targets_name: str = "targets",
+    *,
+    where: Any = None,
+    weights: Any = None,
+    class_weights: Any = None,
+    label_smoothing: Any = 0.0,
+    ignore_index: int | None = None,
+    z_loss: Any = 0.0,
+    logit_softcap: float | None = None,
+    reduction: str = "none",
+    axis_name: Any = None,
+    batch_axis_name: Any = None,
+    return_aux: bool = False,
+    implementation: str | None = None,
+) -> tuple[Examples, Shared, Options]:
+    """Checks what goes with logits of this dtype and of shape `full`; numbers become arrays of the working dtype.
+
+    Along the class axes that is their length on this device, if they are split.
+    """
+    batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
+    indices, probs, ignore_index = sort_by_kind(targets, batch, full, dtype, ignore_index, targets_name)
+    if where is not None:
+        where = checks.where_mask(where, full, batch, class_axes)
+    checks.scalar("label_smoothing", label_smoothing, 0, 1)
+    checks.scalar("z_loss", z_loss, 0, math.inf)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.one_of("implementation", implementation, (None, *IMPLEMENTATIONS))
+    checks.one_of("return_aux", return_aux, (False, True))
+    split_classes, split_batch = checks.mesh_axes(axis_name, batch_axis_name, reduction)
+    if logit_softcap is not None:
+        checks.softcap(logit_softcap)
+    dtype = working_dtype(dtype)
+    if weights is not None:
+        weights = checks.example_weights(weights, batch).astype(dtype)
+    if class_weights is not None:
+        num_classes = math.prod(full[i] for i in class_axes)
+        class_weights = checks.class_weights(class_weights, num_classes).astype(dtype)
+    options = Options(
+        label_smoothing=not _is_zero(label_smoothing),
+        z_loss=not _is_zero(z_loss),
+        logit_softcap=None if logit_softcap is None else float(logit_softcap),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        return_aux=return_aux,
+        implementation=implementation or "xla",
+        axis_name=split_classes,
+        batch_axis_name=split_batch,
+    )
+    shared = Shared(
+        class_weights=class_weights,
+        label_smoothing=jnp.asarray(label_smoothing, dtype) if options.label_smoothing else None,
+        z_loss=jnp.asarray(z_loss, dtype) if options.z_loss else None,
+    )
+    return Examples(indices=indices, probs=probs, weights=weights, where=where), shared, options
+
+
+def _is_zero(x: Any) -> bool:
+    return isinstance(x, (int, float)) and x == 0
+
+
+def of_terms(options: Options, examples: Examples, shared: Shared) -> tuple[Examples, Shared]:
+    """What the terms of rows depend on, which are composed to a loss with the rest."""
+    by_class = examples.indices is None
+    weighted = by_class or options.label_smoothing
+    return (
+        examples._replace(probs=examples.probs if by_class else None, weights=None),
+        Shared(shared.kernel, shared.bias, shared.class_weights if weighted else None),
+    )
+
+
+def of_nll(options: Options, examples: Examples, shared: Shared) -> tuple[Options, Examples, Shared] | None:
+    """The same for the aux record's nll, where probability targets are weighted by class in the loss; else None."""
+    if not options.return_aux or examples.indices is not None or shared.class_weights is None:
+        return None
+    without = options.of_nll
+    return without, *of_terms(without, examples, shared._replace(class_weights=None))
