@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import tarfile
@@ -12,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("orbax.checkpoint", reason="needs the extra: examples")
+pytest.importorskip("flax", reason="needs the extra: examples")
 pytest.importorskip("sklearn", reason="needs the extra: examples")
 from flax import nnx
 from matplotlib.image import imread
 from rich.console import Console
 
+from jaxce import diagnostics
 from jaxce.examples.cifar10 import __main__ as command
 from jaxce.examples.cifar10 import data as datasets
 from jaxce.examples.cifar10 import model as networks
 from jaxce.examples.cifar10 import program, report, training
-from jaxce.examples.cifar10.checkpoint import Checkpoint
+from jaxce.examples.cifar10.checkpoint import Checkpoints, restore
 from jaxce.examples.cifar10.data import DamagedDataError, DataUnavailableError
 from jaxce.examples.common import UsageError
 
@@ -291,6 +293,16 @@ def run(output_dir, console, settings=None, **options):
     return program.run(settings, output_dir=output_dir, console=console, **options)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One tiny run: the rows, where it wrote, and what it printed."""
+    path = tmp_path_factory.mktemp("run")
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(datasets, "URL", (path / "nothing here").as_uri())
+        return run(path, console), path, output(console)
+
+
 def without_seconds(rows):
     return [dataclasses.replace(row, seconds=0.0) for row in rows]
 
@@ -298,7 +310,7 @@ def without_seconds(rows):
 def step_losses(trainer):
     losses = []
     for epoch in range(1, trainer.settings.epochs + 1):
-        trainer.train_epoch(epoch, losses.append)
+        losses += trainer.train_epoch(epoch)
     return np.array(losses)
 
 
@@ -359,43 +371,145 @@ def test_testing_weighs_examples_alike_in_a_last_short_batch(monkeypatch):
     np.testing.assert_allclose(trainer.test(), at_once, rtol=16 * EPS)
 
 
-def test_resuming_gives_the_curve_of_one_run(tmp_path, no_network, console):
-    settings = make_settings(epochs=4, mixup=0.2)  # mixup, so that random numbers matter
+def test_resuming_gives_the_curve_of_one_run(tmp_path, no_network, console, monkeypatch):
+    """In the middle of an epoch, after one, and from the checkpoint before when the newest is damaged."""
+    settings = make_settings(epochs=3, mixup=0.2)  # mixup, so that random numbers matter
+    trainer = training.Trainer(datasets.load_digits().first(256, 100), settings)
+    start = jax.tree.map(np.array, nnx.state(trainer.modules))  # copies: training donates its own
+
+    def compiled_once(data, settings):
+        nnx.update(trainer.modules, jax.tree.map(jnp.array, start))
+        return trainer
+
+    monkeypatch.setattr(program, "Trainer", compiled_once)
     straight = run(tmp_path / "straight", console, settings)
-    half = run(tmp_path / "parts", console, settings, stop_after=2)
-    whole = run(tmp_path / "parts", console, settings, resume=True)
+
+    monkeypatch.setattr(program, "SAVE_SECONDS", 0.0)
+    train_epoch = training.Trainer.train_epoch
+
+    def interrupted(trainer, epoch, done=0):
+        yield from itertools.islice(train_epoch(trainer, epoch, done), 3 if epoch == 2 else None)
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Trainer, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", console, settings)
+    assert checkpoints(tmp_path / "parts") == [6, 7]  # of 4 steps in each epoch
+
+    monkeypatch.setattr(training.Trainer, "train_epoch", train_epoch)
+    half = run(tmp_path / "parts", console, settings, resume=True, stop_after=2)
     assert [row.epoch for row in half] == [1, 2]
-    assert [row.epoch for row in whole] == [1, 2, 3, 4]
+    assert checkpoints(tmp_path / "parts") == [7, 8]
+    damage(tmp_path / "parts" / "checkpoint" / "step-0000008")
+    whole = run(tmp_path / "parts", console, settings, resume=True)
+    assert "step-0000008 is damaged" in output(console)
+    assert checkpoints(tmp_path / "parts") == [11, 12]
+    assert [row.epoch for row in whole] == [1, 2, 3]
     assert without_seconds(whole) == without_seconds(straight)
 
     histories = [json.loads((tmp_path / d / "history.json").read_text()) for d in ("straight", "parts")]
     assert histories[0]["start_loss"] == histories[1]["start_loss"]
 
 
-def test_resuming_needs_a_checkpoint_of_the_same_run(tmp_path, no_network, console):
-    with pytest.raises(UsageError, match="expected a checkpoint"):
-        run(tmp_path, console, resume=True)
-    run(tmp_path, console, stop_after=1)
-    with pytest.raises(UsageError, match=r"expected seed 0.* got 7"):
-        run(tmp_path, console, make_settings(seed=7), resume=True)
-    with pytest.raises(UsageError, match=r"expected loss jaxce.* got optax"):
-        run(tmp_path, console, make_settings(loss="optax"), resume=True)
+def checkpoints(output_dir):
+    return [int(path.name.removeprefix("step-")) for path in sorted((output_dir / "checkpoint").iterdir())]
 
 
-def test_resuming_for_more_epochs_says_what_becomes_of_the_schedule(tmp_path, no_network, console):
-    run(tmp_path, console, make_settings(epochs=1))
-    assert "planned" not in output(console)
-    rows = run(tmp_path, console, make_settings(epochs=2), resume=True)
-    assert [row.epoch for row in rows] == [1, 2]
-    assert "planned for 1 epochs and now follows a plan for 2" in output(console)
+def damage(path):
+    """Eight bytes overwritten, which change a number and not the format."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(8)
+    path.write_bytes(content)
 
 
-def test_a_new_run_replaces_the_checkpoint_of_a_longer_one(tmp_path, no_network, console):
-    run(tmp_path, console)
-    run(tmp_path, console, stop_after=1)
-    checkpoint = Checkpoint(tmp_path)
-    assert checkpoint.epoch == 1
-    assert len(checkpoint.record()["rows"]) == 1
+@pytest.fixture
+def saved(tmp_path):
+    """Three checkpoints of a network of a few weights; the modules, what holds them, and their folder."""
+    layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    kept = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        layer.bias[...] = jnp.full(2, step, jnp.float32)
+        kept.save(step, (layer,), {"step": step, "losses": [0.1, math.inf], "none": None})
+    return layer, kept, tmp_path / "checkpoint"
+
+
+def test_checkpoints_give_back_what_was_saved_and_are_two(saved, console):
+    layer, kept, folder = saved
+    assert checkpoints(folder.parent) == [2, 3]
+    found = kept.load(console)
+    assert found["record"] == {"step": 3, "losses": [0.1, math.inf], "none": None}
+    other = nnx.Linear(3, 2, rngs=nnx.Rngs(1))
+    restore((other,), found)
+    np.testing.assert_array_equal(other.kernel[...], layer.kernel[...])
+    np.testing.assert_array_equal(other.bias[...], [3, 3])
+    assert output(console) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (damage, 1),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), 1),
+        (lambda path: path.write_bytes(b""), 1),
+        (lambda path: path.unlink(), 0),
+    ],
+    ids=["overwritten", "cut short", "empty", "missing"],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(saved, console, change, said):
+    _, kept, folder = saved
+    change(folder / "step-0000003")
+    assert kept.load(console)["record"]["step"] == 2
+    assert output(console).count("\n") == output(console).count(str(folder / "step-0000003")) == said
+
+
+def test_damaged_checkpoints_alone_are_an_error_of_one_line(saved, capsys):
+    _, _, folder = saved
+    for path in folder.iterdir():
+        damage(path)
+    assert command.main(["--resume", "--output-dir", str(folder.parent)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: --resume: expected a checkpoint in {folder}, found none that is whole.")
+    assert errors.count("\n") == 1
+
+
+def test_a_new_run_replaces_the_checkpoints_of_a_longer_one(saved, console):
+    layer, _, folder = saved
+    new = Checkpoints(folder.parent)
+    assert checkpoints(folder.parent) == [2, 3]  # until there is something to replace them
+    new.save(1, (layer,), {})
+    assert checkpoints(folder.parent) == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"seed": 7}, "expected seed 0.* got 7"),
+        ({"loss": "optax"}, "expected loss jaxce.* got optax"),
+        ({"epochs": 3}, None),
+    ],
+)
+def test_resuming_needs_a_checkpoint_of_the_same_run(finished, console, changes, complaint):
+    _, folder, _ = finished
+    record = Checkpoints(folder).load(console)["record"]
+    about = {"arguments": dataclasses.asdict(make_settings()), "data": record["data"]}
+    program.check_settings(record, about, console)
+    assert output(console) == ""
+    about["arguments"] |= changes
+    if complaint is None:
+        program.check_settings(record, about, console)
+        assert "planned for 2 epochs and now follows a plan for 3" in output(console)
+    else:
+        with pytest.raises(UsageError, match=complaint):
+            program.check_settings(record, about, console)
+
+
+def test_resuming_needs_a_checkpoint(tmp_path, capsys):
+    assert command.main(["--resume", "--output-dir", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: --resume: expected a checkpoint in {tmp_path / 'checkpoint'}, found none. Run ")
+    assert errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(("recipe", "width"), [("demo", 16), ("full", 4)])
@@ -410,9 +524,9 @@ def test_recipes_start_near_chance_and_learn(tmp_path, no_network, console, reci
 # Reports.
 
 
-def test_writes_history_and_curves(tmp_path, no_network, console):
-    rows = run(tmp_path, console)
-    history = json.loads((tmp_path / "history.json").read_text())
+def test_writes_history_and_curves(finished):
+    rows, path, printed = finished
+    history = json.loads((path / "history.json").read_text())
     assert history["arguments"] == dataclasses.asdict(make_settings())
     assert history["data"].startswith("digits: 256 images to train on, 100 to test on")
     assert history["versions"]["jax"] == jax.__version__
@@ -422,22 +536,30 @@ def test_writes_history_and_curves(tmp_path, no_network, console):
     for row in history["epochs"]:
         assert row["skill"] == pytest.approx(1 - row["test_loss"] / 2.302585092994046)
 
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads((path / "report.json").read_text())
     assert report["examples"] == 100
     assert report["loss"] == pytest.approx(rows[-1].test_loss, rel=100 * EPS)
     assert report["accuracy"] == pytest.approx(rows[-1].test_accuracy, rel=100 * EPS)
     assert [c["name"] for c in report["per_class"]] == [str(digit) for digit in range(10)]
-    assert report["findings"][0] in output(console)
-    assert imread(tmp_path / "report.png").shape[:2] == (576, 1800)
+    assert report["findings"][0] in printed
+    beside, confused, calibrated, empty, wrote = printed.splitlines()[-5:]
+    assert beside.startswith(f"Beside guessing: the loss of {report['loss']:.3f} is ")
+    assert f"{report['accuracy']:.1%} of the images are told right, not 10%" in beside
+    assert confused.startswith("Most often confused: ")
+    assert f"{report['confidence']:.1%} sure on average, right {report['accuracy']:.1%} of the time" in calibrated
+    assert empty == ""
+    assert str(path / "curves.png") in wrote
+    assert str(path / "report.png") in wrote
+    assert imread(path / "report.png").shape[:2] == (576, 1800)
 
-    picture = imread(tmp_path / "curves.png")
+    picture = imread(path / "curves.png")
     assert picture.shape[:2] == (480, 1200)
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10
 
 
-def test_prints_a_row_for_each_epoch(tmp_path, no_network, console):
-    rows = run(tmp_path, console)
-    lines = output(console).splitlines()
+def test_prints_a_row_for_each_epoch(finished):
+    rows, _, printed = finished
+    lines = printed.splitlines()
     table = lines[lines.index(report.HEADER) + 1 :][: len(rows)]
     for row, line in zip(rows, table, strict=True):
         epoch, train_loss, test_loss, accuracy, skill, _ = line.split()
@@ -465,6 +587,25 @@ def test_warns_when_the_loss_at_the_start_is_far_from_chance(loss, warning):
     assert f"{loss:.4f}" in message
     assert ("Warning" in message) == (warning is not None)
     assert (warning or "") in message
+
+
+@pytest.mark.parametrize(
+    ("scale", "kind"), [(1.0, "Well calibrated"), (4.0, "Too sure of itself"), (0.3, "Less sure than it may be")]
+)
+def test_three_lines_say_what_the_result_means(scale, kind):
+    """Nine in ten of class 0 are told right, and a logit of ln 9 is as sure as that; cats and dogs are confused."""
+    labels = np.repeat([0, 1], 50)
+    guesses = np.where(np.arange(100) % 10, labels, 1 - labels)
+    logits = scale * math.log(9) * np.eye(2, dtype=np.float32)[guesses]
+    found = diagnostics.report(logits, labels, class_names=["cat", "dog"])
+    beside, confused, calibrated = report.in_words(found, np.array([[45, 5], [5, 45]])).splitlines()
+    side = "below" if scale < 4 else "above"
+    assert f"the loss of {found.loss:.3f} is {abs(found.skill):.0%} {side} the 0.693 of guessing" in beside
+    assert "90.0% of the images are told right, not 50%" in beside
+    assert confused == "Most often confused: cat and dog (10 times)."
+    assert calibrated.startswith(f"{kind}: ")
+    nothing = report.in_words(found, np.diag([50, 50])).splitlines()[1]
+    assert nothing == "Most often confused: none."
 
 
 # The command line.
@@ -508,3 +649,10 @@ def test_the_program_ends_with_one_line_for_a_mistake(tmp_path, no_network, caps
     errors = capsys.readouterr().err
     assert errors.startswith("error: --batch-size: expected at most 1437")
     assert errors.count("\n") == 1
+
+
+def test_says_before_training_that_results_cannot_be_written(tmp_path, no_network, capsys):
+    (tmp_path / "file").write_text("")
+    assert command.main(["--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "file" / "run")]) == 2
+    errors = capsys.readouterr().err
+    assert errors == f"error: --output-dir: expected a folder, got {tmp_path / 'file' / 'run'}: Not a directory.\n"

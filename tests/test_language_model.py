@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("orbax.checkpoint", reason="needs the extra: examples")
+pytest.importorskip("flax", reason="needs the extra: examples")
 pytest.importorskip("tokenizers", reason="needs the extra: examples")
 from flax import nnx
 from jax.sharding import AxisType
@@ -470,6 +470,13 @@ def test_says_before_training_that_results_cannot_be_written(tmp_path, folder, c
 
 
 # Several processes.
+
+
+def test_more_processes_than_cores_are_refused_before_any_starts(monkeypatch, capsys):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(command, "launch", None)
+    assert command.main(["--processes", "50"]) == 2
+    assert capsys.readouterr().err == "error: --processes: expected at most 2, the cores here, got 50.\n"
 
 
 @pytest.mark.slow

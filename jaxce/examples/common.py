@@ -90,7 +90,7 @@ def start_warning(loss: float, chance: float, subject: str, guessing: str, too_h
 def surroundings(*packages: str) -> dict[str, dict[str, str | int | None]]:
     """The versions of Python, of what both examples use and of `packages`, and the machine."""
     found: dict[str, str | int | None] = {"python": platform.python_version()}
-    for package in ("jaxce", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", *packages):
+    for package in ("jaxce", "jax", "jaxlib", "flax", "optax", "numpy", *packages):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jaxce.examples import cifar10
 from jaxce.examples.cifar10.data import DamagedDataError
-from jaxce.examples.cifar10.program import run
+from jaxce.examples.cifar10.program import SAVE_SECONDS, run
 from jaxce.examples.cifar10.training import LOSSES, RECIPES, Settings
 from jaxce.examples.common import checked, exit_code, natural_number, positive_integer
 
@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console=Console(highlight=False, soft_wrap=True),
         )
 
-    return exit_code(program, DamagedDataError, "Interrupted. --resume goes on after the last row above.")
+    interrupted = f"Interrupted. --resume goes on from at most {SAVE_SECONDS:.0f} seconds before."
+    return exit_code(program, DamagedDataError, interrupted)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,63 @@
-"""Checkpoints of the CIFAR-10 example, with Orbax."""
+"""Checkpoints of the CIFAR-10 example, each a file that tells by its digest whether it is what was written."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-from flax import nnx
+from flax import nnx, serialization
+from rich.console import Console
+
+from jaxce.examples.common import UsageError, make_folder
+
+KEPT = 2
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-class Checkpoint:
-    """The newest checkpoint of a run: model, optimizer, and the record of how it came about.
+class Checkpoints:
+    """The newest two of a run: model, optimizer, and the record of how it came about.
 
     No random state has to be kept beside them. The record holds the seed and the epoch, the
     optimizer holds the step, and every random number of a run is drawn from these three.
     """
 
     def __init__(self, output_dir: Path) -> None:
-        self.path = (output_dir / "checkpoint").resolve()  # Orbax takes absolute paths only
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.path, options=options)
+        self.folder = output_dir / "checkpoint"
+        self._own: list[Path] = []  # those of an earlier run go when there is something to replace them
 
-    @property
-    def epoch(self) -> int | None:
-        """The last epoch of the run so far, None if there is no checkpoint."""
-        return self._manager.latest_step()
+    def save(self, step: int, modules: tuple[nnx.Module, ...], record: dict[str, Any]) -> None:
+        """Write one, then delete those before the last two. ``record`` holds numbers, text, lists and dicts."""
+        make_folder(self.folder)
+        content = serialization.msgpack_serialize({"modules": nnx.to_pure_dict(nnx.state(modules)), "record": record})
+        partial = self.folder / "partial"
+        partial.write_bytes(hashlib.sha256(content).digest() + content)
+        self._own.append(partial.replace(self.folder / f"step-{step:07}"))
+        for old in set(self.folder.glob("step-*")).difference(self._own[-KEPT:]):
+            old.unlink()
 
-    def save(self, epoch: int, modules: Any, record: dict[str, Any]) -> None:
-        """Write a checkpoint, then delete the one before. ``record`` is anything JSON can hold."""
-        if self.epoch is not None and self.epoch >= epoch:
-            # Those of an earlier run, given up only now that there is something to replace them.
-            for old in self._manager.all_steps():
-                self._manager.delete(old)
-        contents = ocp.args.Composite(
-            modules=ocp.args.StandardSave(nnx.state(modules)), record=ocp.args.JsonSave(record)
+    def load(self, console: Console) -> dict[str, Any]:
+        """The modules and the record of the newest that is whole; damaged ones are named and passed over."""
+        paths = sorted(self.folder.glob("step-*"), reverse=True)
+        for path in paths:
+            content = path.read_bytes()
+            if hashlib.sha256(content[DIGEST_BYTES:]).digest() == content[:DIGEST_BYTES]:
+                self._own = [path]
+                saved: dict[str, Any] = serialization.msgpack_restore(content[DIGEST_BYTES:])
+                return saved
+            console.print(f"{path} is damaged: it is not what was written there.", style="yellow")
+        raise UsageError(
+            f"--resume: expected a checkpoint in {self.folder}, found "
+            + (
+                "none that is whole. Run without --resume to start again."
+                if paths
+                else "none. Run without --resume first, or name the --output-dir of that run."
+            )
         )
-        self._manager.save(epoch, args=contents)
 
-    def record(self) -> dict[str, Any]:
-        return self._restore(record=ocp.args.JsonRestore()).record
 
-    def restore(self, modules: Any) -> None:
-        """Give modules built under the same settings the values they had."""
-        like = ocp.args.StandardRestore(nnx.state(modules))
-        nnx.update(modules, self._restore(modules=like).modules)
-
-    def _restore(self, **contents: Any) -> Any:
-        return self._manager.restore(self.epoch, args=ocp.args.Composite(**contents))
+def restore(modules: tuple[nnx.Module, ...], saved: dict[str, Any]) -> None:
+    """Give modules built under the same settings the values they had."""
+    state = nnx.state(modules)
+    nnx.replace_by_pure_dict(state, saved["modules"])
+    nnx.update(modules, state)

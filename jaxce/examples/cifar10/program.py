@@ -6,15 +6,34 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 
+from jaxce.examples.cifar10 import checkpoint
 from jaxce.examples.cifar10 import data as datasets
 from jaxce.examples.cifar10 import report as reports
-from jaxce.examples.cifar10.checkpoint import Checkpoint
 from jaxce.examples.cifar10.report import EpochRow
 from jaxce.examples.cifar10.training import Settings, Trainer
-from jaxce.examples.common import UsageError, progress_bar
+from jaxce.examples.common import UsageError, make_folder, progress_bar
+
+SAVE_SECONDS = 30.0  # between checkpoints, of which there is one after every epoch too
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come: what its checkpoints hold beside the network."""
+
+    start_loss: float
+    rows: list[EpochRow] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the steps of an epoch that has not ended
+    seconds: float = 0.0  # that these took
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Progress:
+        rows = [EpochRow(**row) for row in record["rows"]]
+        return cls(record["start_loss"], rows, record["losses"], record["seconds"])
 
 
 def run(
@@ -27,74 +46,74 @@ def run(
     console: Console,
 ) -> list[EpochRow]:
     """Load, train, save. Returns the rows of all epochs, those before a resumption included."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(output_dir)
-    if resume and checkpoint.epoch is None:
-        raise UsageError(
-            f"--resume: expected a checkpoint in {checkpoint.path}, found none. "
-            "Run without --resume first, or name the --output-dir of that run."
-        )
-    data = datasets.load(data_dir, console)
-    data = data.first(settings.train_examples, settings.test_examples)
+    make_folder(output_dir)
+    checkpoints = checkpoint.Checkpoints(output_dir)
+    saved = checkpoints.load(console) if resume else None
+    data = datasets.load(data_dir, console).first(settings.train_examples, settings.test_examples)
     trainer = Trainer(data, settings)
     console.print(f"{data}\nnetwork: {trainer.parameters:,} parameters; loss: {settings.loss}")
 
-    if resume:
-        start_loss, rows = restore(checkpoint, trainer, console)
-    else:
-        start_loss, rows = trainer.test()[0], []
-        console.print(reports.start_message(start_loss))
-
     about = {"arguments": dataclasses.asdict(settings), "data": str(data)}
+    if saved is None:
+        progress = Progress(trainer.test()[0])
+        console.print(reports.start_message(progress.start_loss))
+    else:
+        check_settings(saved["record"], about, console)
+        checkpoint.restore(trainer.modules, saved)
+        progress = Progress.of(saved["record"])
+    rows = progress.rows
 
-    def on_epoch(row: EpochRow) -> None:
-        rows.append(row)
-        console.print(str(row))
-        record = about | {"start_loss": start_loss, "rows": [dataclasses.asdict(r) for r in rows]}
-        checkpoint.save(row.epoch, trainer.modules, record)
+    def save() -> None:
+        checkpoints.save(trainer.step, trainer.modules, about | dataclasses.asdict(progress))
 
     console.print("\n".join([reports.HEADER, *map(str, rows)]))
-    last = min(settings.epochs, stop_after or settings.epochs)
-    train(trainer, range(len(rows) + 1, last + 1), on_epoch, console)
+    train(trainer, progress, min(settings.epochs, stop_after or settings.epochs), save, console)
 
     title = f"{data.name}, {settings.recipe} recipe, {settings.loss} loss: accuracy {rows[-1].test_accuracy:.1%}"
-    reports.plot_history(output_dir / "curves.png", title, start_loss, rows)
-    reports.write_history(output_dir / "history.json", about, start_loss, rows)
-    report = trainer.report()
-    console.print(f"\nWhat the loss on the {len(data.test_labels):,} test images means\n\n{report}\n")
+    reports.plot_history(output_dir / "curves.png", title, progress.start_loss, rows)
+    reports.write_history(output_dir / "history.json", about, progress.start_loss, rows)
+    report, confusion = trainer.report()
     reports.write_report(output_dir, report)
-    console.print(f"wrote curves.png, report.png, history.json, report.json and checkpoint/ to {output_dir}")
+    console.print(
+        f"\nWhat the loss on the {len(data.test_labels):,} test images means\n\n{report}\n\n"
+        f"{reports.in_words(report, confusion)}\n\n"
+        f"wrote {output_dir / 'curves.png'} and {output_dir / 'report.png'}, beside them history.json, report.json and "
+        "checkpoint/"
+    )
     return rows
 
 
-def train(trainer: Trainer, epochs: range, on_epoch: Callable[[EpochRow], None], console: Console) -> None:
-    """Train and test for the given epochs under a progress bar; each row goes to ``on_epoch``."""
-    with progress_bar(console) as progress:
-        total = len(epochs) * trainer.steps_per_epoch
-        task = progress.add_task("", total=total, loss="")
-        for epoch in epochs:
-            progress.update(task, description=f"epoch {epoch}/{epochs[-1]}")
-            started = time.perf_counter()
-            train_loss = trainer.train_epoch(
-                epoch, on_step=lambda loss: progress.update(task, advance=1, loss=f"loss {loss:.3f}")
-            )
-            test_loss, test_accuracy = trainer.test()
-            seconds = time.perf_counter() - started
-            on_epoch(EpochRow(epoch, train_loss, test_loss, test_accuracy, seconds))
+def train(trainer: Trainer, progress: Progress, last: int, save: Callable[[], None], console: Console) -> None:
+    """Train and test to the end of epoch ``last`` under a progress bar, printing a row for each."""
+    with progress_bar(console) as bar:
+        task = bar.add_task("", total=last * trainer.steps_per_epoch, completed=trainer.step, loss="")
+        for epoch in range(len(progress.rows) + 1, last + 1):
+            bar.update(task, description=f"epoch {epoch}/{last}")
+            saved = time.perf_counter()
+            started = saved - progress.seconds
+            for loss in trainer.train_epoch(epoch, len(progress.losses)):
+                progress.losses.append(loss)
+                bar.update(task, advance=1, loss=f"loss {loss:.3f}")
+                now = time.perf_counter()
+                if now - saved >= SAVE_SECONDS and len(progress.losses) < trainer.steps_per_epoch:
+                    progress.seconds = now - started
+                    save()
+                    saved = now
+            train_loss = float(np.mean(progress.losses))
+            row = EpochRow(epoch, train_loss, *trainer.test(), seconds=time.perf_counter() - started)
+            console.print(str(row))
+            progress.rows.append(row)
+            progress.losses, progress.seconds = [], 0.0
+            save()
 
 
-def restore(checkpoint: Checkpoint, trainer: Trainer, console: Console) -> tuple[float, list[EpochRow]]:
-    """Put the trainer where the checkpoint left off; the loss at the start, and the rows so far.
-
-    The settings must be those of the checkpoint, but for the number of epochs.
-    """
-    record = checkpoint.record()
-    before = record["arguments"] | {"data": record["data"]}
-    now = dataclasses.asdict(trainer.settings) | {"data": str(trainer.data)}
+def check_settings(record: dict[str, Any], about: dict[str, Any], console: Console) -> None:
+    """They must be those of the checkpoint, but for the number of epochs."""
+    before, now = (x["arguments"] | {"data": x["data"]} for x in (record, about))
     for name, value in now.items():
         if name != "epochs" and value != before[name]:
             raise UsageError(
-                f"--resume: expected {name} {before[name]}, as in {checkpoint.path}, got {value}. "
+                f"--resume: expected {name} {before[name]}, as in the checkpoint, got {value}. "
                 "Resume with the arguments of the first run, or use another --output-dir."
             )
     if now["epochs"] != before["epochs"]:
@@ -104,5 +123,3 @@ def restore(checkpoint: Checkpoint, trainer: Trainer, console: Console) -> tuple
             "(To stop early without that, use --stop-after.)",
             style="yellow",
         )
-    checkpoint.restore(trainer.modules)
-    return record["start_loss"], [EpochRow(**row) for row in record["rows"]]

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxce.diagnostics import Report
+from jaxce.diagnostics.findings import CALIBRATION_MARGIN
 from jaxce.examples.cifar10.data import NUM_CLASSES
 from jaxce.examples.common import start_warning, surroundings
 
@@ -62,6 +64,26 @@ def write_report(folder: Path, report: Report) -> None:
     """What the loss on the test images means: its picture and its numbers."""
     report.plot().savefig(folder / "report.png", dpi=120)
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+
+
+def in_words(report: Report, confusion: np.ndarray) -> str:
+    """Three lines: the loss and the accuracy beside guessing, the classes confused most, and the calibration."""
+    side = "below" if report.loss <= report.chance else "above"
+    mistakes = np.triu(confusion + confusion.T, 1)  # in either direction
+    most = [np.unravel_index(i, mistakes.shape) for i in np.argsort(-mistakes, axis=None, kind="stable")[:3]]
+    names = [c.name for c in report.per_class]
+    pairs = ", ".join(f"{names[a]} and {names[b]} ({mistakes[a, b]:,} times)" for a, b in most if mistakes[a, b])
+    gap = report.confidence - report.accuracy
+    kind = "Well calibrated"
+    if abs(gap) > CALIBRATION_MARGIN:
+        kind = "Too sure of itself" if gap > 0 else "Less sure than it may be"
+    return (
+        f"Beside guessing: the loss of {report.loss:.3f} is {abs(report.skill):.0%} {side} the {report.chance:.3f} of "
+        f"guessing, and {report.accuracy:.1%} of the images are told right, not {1 / report.classes:.0%}.\n"
+        f"Most often confused: {pairs or 'none'}.\n"
+        f"{kind}: {report.confidence:.1%} sure on average, right {report.accuracy:.1%} of the time; "
+        f"{report.expected_calibration_error:.1%} apart among images it is equally sure of."
+    )
 
 
 def plot_history(path: Path, title: str, start_loss: float, rows: Sequence[EpochRow]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +102,12 @@ def optax_loss(logits: jax.Array, targets: Targets, label_smoothing: float) -> j
 LOSSES = {"jaxce": jaxce_loss, "optax": optax_loss}
 
 
+def report_step(model: nnx.Module, images: jax.Array, labels: jax.Array) -> tuple[jaxce.diagnostics.Summary, jax.Array]:
+    """What the report is made of: a summary, and the predictions."""
+    logits = model(images)
+    return jaxce.diagnostics.summarize(logits, labels), logits.argmax(-1)
+
+
 # Training.
 
 
@@ -123,7 +129,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, settings, self.steps_per_epoch)
         self._train_step = make_train_step(settings, data.mirrors)
         self._test_step = make_test_step(settings)
-        self._summary_step = nnx.jit(lambda model, images, labels: jaxce.diagnostics.summarize(model(images), labels))
+        self._report_step = nnx.jit(report_step)
 
     @property
     def modules(self) -> tuple[nnx.Module, nnx.Optimizer]:
@@ -134,14 +140,16 @@ class Trainer:
     def parameters(self) -> int:
         return parameter_count(self.model)
 
-    def train_epoch(self, epoch: int, on_step: Callable[[float], None]) -> float:
-        """One pass over the training images; the mean of the losses on the way."""
-        losses = []
-        for batch in self.batches(epoch):
+    @property
+    def step(self) -> int:
+        """How many training steps were made."""
+        return int(self.optimizer.step[...])
+
+    def train_epoch(self, epoch: int, done: int = 0) -> Iterator[float]:
+        """One pass over the training images, but for the first ``done`` batches: the losses, each after its step."""
+        for batch in self.batches(epoch)[done:]:
             images, labels = self.data.train_images[batch], self.data.train_labels[batch]
-            losses.append(float(self._train_step(self.model, self.optimizer, images, labels)))
-            on_step(losses[-1])
-        return float(np.mean(losses))
+            yield float(self._train_step(self.model, self.optimizer, images, labels))
 
     def test(self) -> tuple[float, float]:
         """Loss and accuracy on the test images."""
@@ -154,17 +162,19 @@ class Trainer:
         loss, accuracy = totals / len(labels)
         return float(loss), float(accuracy)
 
-    def report(self) -> jaxce.diagnostics.Report:
-        """What the loss on the test images means."""
+    def report(self) -> tuple[jaxce.diagnostics.Report, np.ndarray]:
+        """What the loss on the test images means, and how many of each class (row) were taken for each (column)."""
         model = nnx.view(self.model, use_running_average=True)
         images, labels = self.data.test_images, self.data.test_labels
         summaries = []
+        confusion = np.zeros((NUM_CLASSES, NUM_CLASSES), int)
         for start in range(0, len(labels), EVALUATION_BATCH):
             batch = slice(start, start + EVALUATION_BATCH)
-            summaries.append(self._summary_step(model, images[batch], labels[batch]))
-        return jaxce.diagnostics.finish(
-            functools.reduce(jaxce.diagnostics.merge, summaries), class_names=self.data.class_names
-        )
+            summary, predictions = self._report_step(model, images[batch], labels[batch])
+            summaries.append(summary)
+            np.add.at(confusion, (labels[batch], predictions), 1)
+        summary = functools.reduce(jaxce.diagnostics.merge, summaries)
+        return jaxce.diagnostics.finish(summary, class_names=self.data.class_names), confusion
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Indices of the batches, in an order that only (seed, epoch) decide.

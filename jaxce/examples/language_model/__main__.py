@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
 
     def program() -> int:
+        cores = os.cpu_count() or 1
+        if arguments.processes > cores:
+            raise UsageError(f"--processes: expected at most {cores}, the cores here, got {arguments.processes}.")
         given = settings_from(arguments), arguments.data, arguments.output_dir
         return work(*given) if arguments.processes == 1 else launch(work, given, arguments.processes)
 
