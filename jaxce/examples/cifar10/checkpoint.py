@@ -26,7 +26,7 @@ class Checkpoints:
         self.folder = output_dir / "checkpoint"
         self._own: list[Path] = []  # those of an earlier run go when there is something to replace them
 
-    def save(self, step: int, modules: tuple[nnx.Module, ...], record: dict[str, Any]) -> None:
+    def save(self, step: int, modules: tuple[nnx.Pytree, ...], record: dict[str, Any]) -> None:
         """Write one, then delete those before the last two. ``record`` holds numbers, text, lists and dicts."""
         make_folder(self.folder)
         content = serialization.msgpack_serialize({"modules": nnx.to_pure_dict(nnx.state(modules)), "record": record})
@@ -56,7 +56,7 @@ class Checkpoints:
         )
 
 
-def restore(modules: tuple[nnx.Module, ...], saved: dict[str, Any]) -> None:
+def restore(modules: tuple[nnx.Pytree, ...], saved: dict[str, Any]) -> None:
     """Give modules built under the same settings the values they had."""
     state = nnx.state(modules)
     nnx.replace_by_pure_dict(state, saved["modules"])

@@ -129,7 +129,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, settings, self.steps_per_epoch)
         self._train_step = make_train_step(settings, data.mirrors)
         self._test_step = make_test_step(settings)
-        self._report_step = nnx.jit(report_step)
+        self._report_step: Callable[..., tuple[jaxce.diagnostics.Summary, jax.Array]] = nnx.jit(report_step)
 
     @property
     def modules(self) -> tuple[nnx.Module, nnx.Optimizer]:
