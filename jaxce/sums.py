@@ -36,7 +36,16 @@ from jaxce.arguments import Examples, Options, Shared
 from jaxce.lookup import compared, gathered, is_class, pick, put, scattered
 from jaxce.on_cpu import on_one_cpu
 from jaxce.sharding import explicitly_sharded, mask_like
-from jaxce.stats import Gap, RowStats, shift, times, weighted, working_dtype
+from jaxce.stats import (
+    Gap,
+    RowStats,
+    low_and_high,
+    shift,
+    times,
+    weighted,
+    without_largest,
+    working_dtype,
+)
 
 # Numbers in a chunk, 4 MB of float32. The loss of 256 x 32768 takes 1.5 times as long in chunks of 16 MB, 3 times as
 # long in one piece, and no less in chunks of 1 MB.
@@ -245,10 +254,9 @@ def _label_or_nothing(z: Array, label: Array, take: Any) -> Array:
 
 
 def _without_maximum(e: Array, add: Any) -> Array:
-    """`rest`; of no class at all it is 0 − 1."""
-    low = jnp.minimum(e, jnp.maximum(3 - 4 * e, 0))
-    low, high = add(low, -1), add(e - low, -1)
-    return jnp.where((low + high >= 0.5) & (low + high < 1.5), low, low + (high - 1))
+    """`rest`."""
+    low, high = (add(part, -1) for part in low_and_high(e))
+    return without_largest(low, high)
 
 
 # --- on CPU ---------------------------------------------------------------------------------------------------------

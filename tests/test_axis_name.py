@@ -251,6 +251,32 @@ def test_prediction_is_the_first_of_equals(rng):
         np.testing.assert_array_equal(jax.jit(mapped)(z, labels), np.argmax(z, -1))
 
 
+@pytest.mark.parametrize("loss", ["dense", *MODES])
+def test_one_class_a_device_whose_logits_are_computed_in_the_same_program(rng, loss):
+    """A compiler may compute it for each of its uses, and round it in another way: then none has the maximum."""
+    h, k, b = rng.normal(size=(36, 1)), rng.normal(size=(1, 2)), rng.normal(size=2)
+    labels = rng.integers(0, 2, 36)
+
+    def losses(h, k, b, labels):
+        options = {"axis_name": "v", "return_aux": True, "reduction": "mean"}
+        if loss == "dense":
+            value, aux = softmax_cross_entropy(h * k + b[None], labels, **options)
+        else:
+            value, aux = linear_cross_entropy(h, k, labels, bias=b, mode=loss, **options)
+        return value, aux.nll, aux.prediction
+
+    with jax.enable_x64(True):
+        mapped = jax.shard_map(
+            losses, mesh=mesh_of(2), in_specs=(P(), P(None, "v"), P("v"), P()), out_specs=(P(), P(), P())
+        )
+        value, nll, prediction = jax.jit(mapped)(h, k, b, labels)
+    problem = oracle.Problem(h * k + b, oracle.one_hot(labels, 2))
+    exact = problem.losses().nll
+    np.testing.assert_allclose(nll, exact.value, rtol=1e-13)
+    np.testing.assert_allclose(value, exact.value.mean(), rtol=1e-13)
+    np.testing.assert_array_equal(prediction, np.argmax(h * k + b, -1))
+
+
 # --- the linear loss ------------------------------------------------------------------------------------------------
 
 
