@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxce
-from jaxce.linear import chips, costs, problem_of
+from jaxce.linear import chips, problem_of
 from jaxce.linear import plan as plans
 
 COMPILED = json.loads(
@@ -30,18 +30,18 @@ LARGE = shapes(COMPILED["n"], COMPILED["d"], COMPILED["v"])
 @pytest.mark.parametrize("row", OURS, ids=lambda row: f"{row['mode']} {row['block_n']} x {row['block_v']}")
 def test_kernels_are_those_of_a_compiled_program(row):
     problem = problem_of(**LARGE, reduction="mean")
-    cost = costs.on_gpu(problem, row["mode"], row["block_n"], row["block_v"], chips.gpu("NVIDIA H100"))
+    method, blocks = plans.METHODS[row["mode"]], (row["block_n"], row["block_v"])
+    cost = method.gpu_cost(problem, *blocks, chips.gpu("NVIDIA H100"))
     assert cost.launches == row["launches"]
     assert cost.bytes == pytest.approx(row["bytes"], rel=0.2)
-    bytes_of = costs.recompute_bytes if row["mode"] == "recompute" else costs.store_bytes
-    assert row["temp_bytes"] <= bytes_of(problem, "gpu", row["block_n"], row["block_v"])
+    assert row["temp_bytes"] <= method.temp_bytes(problem, "gpu", *blocks)
 
 
 def test_operations_are_those_of_the_matmuls():
     N, D, V = 1000, 96, 30000
     problem = problem_of(**shapes(N, D, V), reduction="mean")
     for mode, block_n, block_v, matmuls in ("recompute", N, 7000, 4), ("store", 250, V, 3):
-        cost = costs.on_gpu(problem, mode, block_n, block_v, chips.gpu("NVIDIA L4"))
+        cost = plans.METHODS[mode].gpu_cost(problem, block_n, block_v, chips.gpu("NVIDIA L4"))
         assert cost.flops == pytest.approx(matmuls * 2 * N * D * V)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import jaxce
 from jaxce import SparseTargets, linear_cross_entropy, plan_linear_cross_entropy
+from jaxce.linear import costs
 from jaxce.linear import plan as plans
 from tests.pairwise import pairwise
 
@@ -148,7 +149,7 @@ def test_what_tpu_programs_are_divided_into():
 
 @pytest.mark.parametrize("length", [1, 7, 128, 1000, 50257])
 def test_sizes_go_down_to_one(length):
-    sizes = plans._sizes(length, 1024, 128)
+    sizes = costs.sizes(length, 1024, 128)
     assert sizes == sorted(set(sizes), reverse=True)
     assert sizes[0] <= min(length, 1024)
     assert sizes[-1] == 1

@@ -3,20 +3,10 @@
 A program is traced once for all platforms, so there is a plan for each; the one of the platform that is compiled for is
 taken when the program is lowered. Which generation of chip that is, can be known only where the program is traced.
 
-**Mode.** "store" saves one matmul of four, but keeps a block of the logits with the whole vocabulary and sums dkernel
-in float32 from block to block. On CPU, where matmuls take most of the time, it is the faster one wherever it applies
-(`benchmarks/results/linear-cpu.json`). Compiled for TPU, "recompute" keeps everything it needs in on-chip memory, so it
-is the default there.
-
-**On GPU**, where nothing was measured, mode and blocks are those that the model of `jaxce.linear.costs` finds fastest
-within the budget. By default that is half of what logits and their gradient would take.
-
-**Blocks.** A block of logits of 2²³ numbers, 32 MiB, fits the on-chip memory of every TPU beside the other operands:
-1024 classes for 8192 tokens. Smaller blocks make the compiled programs slower (512: 67 M cycles for 54 M on v6e),
-larger ones spill (2048: 68 MB). On CPU products run at full speed while their result stays in the cache: up to 2²²
-numbers, and "store" is fastest in parts of 2²¹. Up to 2²⁴ logits it works on all of them at once. If that is all there
-are, it is the same as "recompute" in one block, whose second logits a compiler finds to be the first: so it computes
-them again in a separate backward pass, and keeps no gradient for it.
+Each method (`jaxce.linear.recompute`, `jaxce.linear.store`) says where it applies, which blocks it is fast in, and
+what it costs. **On CPU and TPU** the fastest that stays within the budget is taken, as measured on CPU and as compiled
+for TPU. **On GPU**, where nothing was measured, it is the one that a model finds fastest (`jaxce.linear.costs`); the
+budget there is by default half of what logits and their gradient would take.
 """
 
 from __future__ import annotations
@@ -24,26 +14,41 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Any
+from typing import Any, Protocol
 
 from jaxce import checks
-from jaxce.linear import chips, costs
+from jaxce.linear import chips, costs, recompute, store
 from jaxce.linear.blocks import Schedule, Schedules
 from jaxce.linear.costs import Problem
 
-MODES = ("recompute", "store")
-PLATFORMS = ("cpu", "tpu", "gpu")
 
-_LANES = 128  # blocks of classes are multiples of this
-_BLOCK = 2**23  # logits in a block, "recompute"
-_CPU_BLOCK = 2**22
-_KERNEL_BLOCK = 2**22  # numbers in a block of the kernel
-_TOKENS = 8192  # assumed where their number is a symbol
-_KEPT = 2**26  # logits of a block of tokens, "store"; more of them are summed up faster, but take more memory
-_MOST_TOKENS, _FEWEST_TOKENS = 1024, 256
-_KEPT_BLOCK = 2**21  # the part of them that is worked on at once
+class Method(Protocol):
+    """What the plan asks a module with a way to compute the loss."""
+
+    MATMULS: int  # of loss and gradients
+
+    def applies(self, p: Problem) -> bool: ...
+
+    def rank(self, p: Problem, platform: str, block_n: int) -> int:
+        """Where it stands among blocks of all methods: the lowest is the fastest."""
+
+    def blocks(self, p: Problem, platform: str, scale: int) -> list[tuple[int, int]]:
+        """Tokens and classes in a block, from `scale` times the fastest size down."""
+
+    def gpu_blocks(self, p: Problem) -> list[tuple[int, int]]:
+        """All that a model may choose from."""
+
+    def temp_bytes(self, p: Problem, platform: str, block_n: int, block_v: int) -> int: ...
+
+    def kept_bytes(self, p: Problem, block_n: int, block_v: int) -> int: ...
+
+    def gpu_cost(self, p: Problem, block_n: int, block_v: int, card: chips.Gpu) -> costs.Cost: ...
+
+
+METHODS: dict[str, Method] = {"recompute": recompute, "store": store}
+MODES = tuple(METHODS)
+PLATFORMS = ("cpu", "tpu", "gpu")
 _LARGER, _TRIED = 4, 6  # where measuring begins, and how many sizes of blocks it tries, each about half of another
-_KEPT_WHOLE = 2**24  # all of them at once up to here: without slices of the kernel, and never written twice
 _GPU_BUDGET = 2**28  # bytes that are not worth saving on a GPU
 
 
@@ -184,22 +189,15 @@ def _schedule(problem: Problem, plan: LinearPlan, schedule: Schedule, kind: str)
 
 def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: int | None) -> LinearPlan:
     """The fastest plan that stays within the budget."""
-    known = isinstance(problem.N, int)
-    if mode is not None:
-        modes = [mode]
-    elif problem.options.reduction == "none" or not known:
-        modes = ["recompute"]
-    else:
-        modes = ["store", "recompute"] if platform == "cpu" else ["recompute", "store"]
+    modes = [mode] if mode else [name for name, method in METHODS.items() if method.applies(problem)]
     candidates = [plan for mode in modes for plan in _plans(problem, mode, platform, chips.kind_of(platform))]
-    if not known and memory_budget is None:
+    if not isinstance(problem.N, int) and memory_budget is None:
         return candidates[0]
     smallest = min(candidates, key=lambda plan: plan.temp_bytes)
     if platform == "gpu":
         candidates.sort(key=_predicted)
     else:
-        # "store" in small blocks of tokens spends its time adding up dkernel: then the fourth matmul is cheaper.
-        candidates.sort(key=lambda plan: plan.mode == "store" and plan.block_n < min(_FEWEST_TOKENS, problem.N))
+        candidates.sort(key=lambda plan: METHODS[plan.mode].rank(problem, platform, plan.block_n))
     budget: float
     if memory_budget is not None:
         budget = memory_budget
@@ -225,8 +223,8 @@ def alternatives(problem: Problem, platform: str, mode: str | None, memory_budge
     On GPU, those of each mode that the model finds fastest.
     """
     found = [make_plan(problem, platform, mode, memory_budget)]
-    for each in MODES if mode is None else (mode,):
-        if each == "recompute" or problem.options.reduction != "none":
+    for each, method in METHODS.items():
+        if each == (mode or each) and method.applies(problem):
             of_mode = list(_plans(problem, each, platform, chips.kind_of(platform), _LARGER))
             if platform == "gpu":
                 of_mode.sort(key=_predicted)
@@ -243,62 +241,30 @@ def _plans(problem: Problem, mode: str, platform: str, kind: str, scale: int = 1
     """Plans of one mode from `scale` times the preferred block size down; on GPU, where a model chooses, of all."""
     N, D, V = problem.N, problem.D, problem.V
     modelled = platform == "gpu" and isinstance(N, int)
-    card = chips.gpu(kind)
-    bytes_of = costs.recompute_bytes if mode == "recompute" else costs.store_bytes
-    blocks = _every_block(problem, mode) if modelled else _preferred_blocks(problem, mode, platform, scale)
+    card, method = chips.gpu(kind), METHODS[mode]
     return [
         LinearPlan(
             shape=(N, D, V),
             mode=mode,
             block_n=block_n,
             block_v=block_v,
-            temp_bytes=bytes_of(problem, platform, block_n, block_v),
-            kept_bytes=costs.kept_bytes(problem, mode, block_n, block_v),
+            temp_bytes=method.temp_bytes(problem, platform, block_n, block_v),
+            kept_bytes=method.kept_bytes(problem, block_n, block_v),
             logits_bytes=N * V * problem.working.itemsize,
-            flops=(4 if mode == "recompute" else 3) * 2 * N * D * V,
+            flops=method.MATMULS * 2 * N * D * V,
             platform=platform,
             device=card.name if modelled else "",
-            predicted_seconds=costs.on_gpu(problem, mode, block_n, block_v, card).seconds if modelled else None,
+            predicted_seconds=method.gpu_cost(problem, block_n, block_v, card).seconds if modelled else None,
         )
-        for block_n, block_v in blocks
+        for block_n, block_v in (method.gpu_blocks(problem) if modelled else method.blocks(problem, platform, scale))
     ]
-
-
-def _preferred_blocks(problem: Problem, mode: str, platform: str, scale: int) -> list[tuple[int, int]]:
-    N, V = problem.N, problem.V
-    if mode == "recompute":
-        tokens = max(N, 1) if isinstance(N, int) else _TOKENS
-        target = min((_CPU_BLOCK if platform == "cpu" else _BLOCK) // tokens, _KERNEL_BLOCK // max(problem.D, 1))
-        return [(N, block_v) for block_v in _sizes(V, max(target, 4 * _LANES) * scale, _LANES)]
-    sizes = _sizes(N, max(min(_KEPT // V, _MOST_TOKENS), 1) * scale, 8)
-    part = [V if problem.plain and n * V <= _KEPT_WHOLE else max(_KEPT_BLOCK // max(n, 1), 4 * _LANES) for n in sizes]
-    return [(n, _sizes(V, target, _LANES)[0]) for n, target in zip(sizes, part, strict=True)]
-
-
-def _every_block(problem: Problem, mode: str) -> list[tuple[int, int]]:
-    """Not "store" in parts of rows, which reads and writes twice as much."""
-    if mode == "store":
-        return [(block_n, problem.V) for block_n in _sizes(problem.N, problem.N, 8)]
-    return [(problem.N, block_v) for block_v in _sizes(problem.V, problem.V, _LANES)]
-
-
-def _sizes(length: int, target: int, multiple: int) -> list[int]:
-    """Block sizes from about `target` down to one: a divisor of `length` if there is one near."""
-    sizes = []
-    while target > 1:
-        size = length
-        if target < length:
-            size = max(target // multiple, 1) * multiple if target >= multiple else target
-            near = [s for s in range(size, size * 3 // 4, -min(multiple, size)) if length % s == 0]
-            size = near[0] if near else size
-        sizes.append(size)
-        target = size // 2
-    return [*sizes, 1] if not sizes or sizes[-1] > 1 else sizes
 
 
 def _scaled(block_v: int, eighths: int) -> int:
     """So many eighths of a block, still whole tiles if it was."""
-    return block_v if eighths == 8 else max(block_v * eighths // 8 // _LANES * _LANES, min(block_v, _LANES))
+    return (
+        block_v if eighths == 8 else max(block_v * eighths // 8 // costs.LANES * costs.LANES, min(block_v, costs.LANES))
+    )
 
 
 def _megabytes(count: int) -> str:

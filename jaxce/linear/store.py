@@ -3,6 +3,11 @@
 For a loss that is one number, every token's share in the gradient is known as soon as its logits are, up to the one
 number that the backward pass brings. So the logits are computed once and kept until their gradient is taken: three
 matmuls for loss and gradient. What stays is the gradients themselves, and one block of logits at a time.
+
+On CPU, where matmuls take most of the time, it is the faster method wherever it applies
+(`benchmarks/results/linear-cpu.json`), in parts of a block of 2²¹ numbers. Up to 2²⁴ logits it works on all of them at
+once. If that is all there are, it is the same as the other method in one block, whose second logits a compiler finds to
+be the first: so it computes them again in a separate backward pass, and keeps no gradient for it.
 """
 
 from __future__ import annotations
@@ -17,8 +22,10 @@ from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared, of_nll, of_terms
 from jaxce.compose import Counts, CrossEntropyAux, compose, mean_divisor
-from jaxce.linear import recompute, vocabulary
+from jaxce.linear import costs, recompute, vocabulary
 from jaxce.linear.blocks import Schedule, Schedules, by_platform, over_blocks, put, take
+from jaxce.linear.chips import Gpu
+from jaxce.linear.costs import Problem
 from jaxce.linear.mesh import row_axes
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import shard_count, sum_over, vary, varying
@@ -276,3 +283,70 @@ def _block(
 
 def _sum_of(a: Array | None, b: Array | None) -> Array | None:
     return a if b is None else b if a is None else a + b
+
+
+# --- when it applies, and what it costs -------------------------------------------------------------------------------
+
+MATMULS = 3
+_KEPT = 2**26  # logits of a block of tokens; more of them are summed up faster, but take more memory
+_MOST_TOKENS, _FEWEST_TOKENS = 1024, 256
+_KEPT_BLOCK = 2**21  # the part of them that is worked on at once
+_KEPT_WHOLE = 2**24  # all of them at once up to here: without slices of the kernel, and never written twice
+
+
+def applies(p: Problem) -> bool:
+    return p.options.reduction != "none" and isinstance(p.N, int)
+
+
+def rank(p: Problem, platform: str, block_n: int) -> int:
+    """In small blocks of tokens it spends its time adding up dkernel: then the fourth matmul is cheaper."""
+    small = block_n < min(_FEWEST_TOKENS, p.N)
+    return 3 if small else 0 if platform == "cpu" else 2
+
+
+def blocks(p: Problem, platform: str, scale: int) -> list[tuple[int, int]]:
+    sizes = costs.sizes(p.N, max(min(_KEPT // p.V, _MOST_TOKENS), 1) * scale, 8)
+    parts = [
+        p.V if p.plain and n * p.V <= _KEPT_WHOLE else max(_KEPT_BLOCK // max(n, 1), 4 * costs.LANES) for n in sizes
+    ]
+    return [(n, costs.sizes(p.V, part, costs.LANES)[0]) for n, part in zip(sizes, parts, strict=True)]
+
+
+def gpu_blocks(p: Problem) -> list[tuple[int, int]]:
+    """Not in parts of rows, which reads and writes twice as much."""
+    return [(block_n, p.V) for block_n in costs.sizes(p.N, p.N, 8)]
+
+
+def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
+    if costs.in_one(p, block_n, block_v):
+        return recompute.temp_bytes(p, platform, block_n, block_v)
+    rows = block_n + p.N % max(block_n, 1)  # the block that is left at the end has memory of its own
+    sums = 0 if p.kernel == p.working else p.D * p.V * p.working.itemsize
+    skips = block_n < p.N and (p.weights or p.options.ignore_index is not None)
+    logits = block_n * p.V  # one array for all blocks
+    if block_v == p.V and not skips:  # the gradient takes its place
+        logits = 0
+    same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
+    of_block = costs.block_bytes(p, platform, rows, block_v)
+    return (logits + same_tokens) * p.working.itemsize + sums + of_block + costs.row_bytes(p, platform)
+
+
+def kept_bytes(p: Problem, block_n: int, block_v: int) -> int:
+    if costs.in_one(p, block_n, block_v):
+        return recompute.kept_bytes(p, block_n, block_v)
+    per_class = p.D + p.class_weights + (p.N if p.entries is None else 0)
+    return (p.N * p.D + p.V * per_class) * p.working.itemsize
+
+
+def gpu_cost(p: Problem, block_n: int, block_v: int, card: Gpu) -> costs.Cost:
+    rows, classes = block_n, min(block_v, p.V)
+    s, w = p.matmul.itemsize, p.working.itemsize
+    hidden, kernel, narrow = rows * p.D, p.D * classes, p.matmul != p.working
+    dhidden = costs.product(p, kernel * s + hidden * w, rows, classes, s)
+    dkernel = costs.product(p, hidden * s + 2 * kernel * w, rows, classes, s)  # added to a sum
+    moved = costs.Kernel(hidden * (2 * s + 4 * w))  # hidden states sliced, dhidden written
+    kernels = [*costs.of_block(p, rows, classes), dhidden, dkernel, moved]
+    rounds = -(-p.N // max(rows, 1)) * -(-p.V // classes)
+    launches = 4 + 2 * narrow + rounds * (13 + costs.more_launches(rows, classes))
+    once = costs.cleared_and_rounded(p, p.N * p.D + p.D * p.V)
+    return costs.on_gpu(p, once, kernels, launches, rows, classes, card)
