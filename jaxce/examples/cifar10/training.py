@@ -15,6 +15,7 @@ from flax import nnx
 import jaxce
 from jaxce.examples.cifar10 import model as networks
 from jaxce.examples.cifar10.data import NUM_CLASSES, Dataset
+from jaxce.examples.cifar10.model import Network
 from jaxce.examples.common import UsageError, parameter_count
 
 Targets = jax.Array | jaxce.SparseTargets
@@ -27,7 +28,7 @@ EVALUATION_BATCH = 500
 class Recipe:
     """What goes well together; the flags of the same names override it."""
 
-    network: Callable[[int, int, int, nnx.Rngs], networks.Network]
+    network: Callable[[int, int, int, nnx.Rngs], Network]
     width: int
     epochs: int
     batch_size: int
@@ -95,14 +96,14 @@ def optax_loss(logits: jax.Array, targets: Targets, label_smoothing: float) -> j
     elif label_smoothing:
         dense = jax.nn.one_hot(targets, logits.shape[-1])
     else:
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(dense, label_smoothing)).mean()
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+    return jnp.mean(optax.softmax_cross_entropy(logits, optax.smooth_labels(dense, label_smoothing)))
 
 
 LOSSES = {"jaxce": jaxce_loss, "optax": optax_loss}
 
 
-def report_step(model: nnx.Module, images: jax.Array, labels: jax.Array) -> tuple[jaxce.diagnostics.Summary, jax.Array]:
+def report_step(model: Network, images: jax.Array, labels: jax.Array) -> tuple[jaxce.diagnostics.Summary, jax.Array]:
     """What the report is made of: a summary, and the predictions."""
     logits = model(images)
     return jaxce.diagnostics.summarize(logits, labels), logits.argmax(-1)
@@ -132,7 +133,7 @@ class Trainer:
         self._report_step: Callable[..., tuple[jaxce.diagnostics.Summary, jax.Array]] = nnx.jit(report_step)
 
     @property
-    def modules(self) -> tuple[nnx.Module, nnx.Optimizer]:
+    def modules(self) -> tuple[Network, nnx.Optimizer[Network]]:
         """All that training changes."""
         return self.model, self.optimizer
 
@@ -186,7 +187,7 @@ class Trainer:
         return np.split(order[:used], self.steps_per_epoch)
 
 
-def make_optimizer(model: nnx.Module, settings: Settings, steps_per_epoch: int) -> nnx.Optimizer:
+def make_optimizer(model: Network, settings: Settings, steps_per_epoch: int) -> nnx.Optimizer[Network]:
     """SGD with Nesterov momentum, its rate rising for a quarter of the run and then falling."""
     schedule = optax.cosine_onecycle_schedule(
         steps_per_epoch * settings.epochs,
@@ -220,14 +221,17 @@ def make_train_step(settings: Settings, mirrors: bool) -> Callable[..., jax.Arra
             return networks.mixup(mixup_key, images, labels, settings.mixup)
         return images, labels
 
-    def train_step(model: nnx.Module, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array) -> jax.Array:
+    def train_step(
+        model: Network, optimizer: nnx.Optimizer[Network], images: jax.Array, labels: jax.Array
+    ) -> jax.Array:
         # Drawn from (seed, step) alone, so a resumed run goes on with the same random numbers.
         key = jax.random.fold_in(jax.random.key(settings.seed), optimizer.step[...])
         inputs, targets = prepare(key, images, labels)
 
-        def objective(model: nnx.Module) -> jax.Array:
+        def objective(model: Network) -> jax.Array:
             return loss(model(inputs), targets, settings.label_smoothing)
 
+        value: jax.Array
         value, gradients = nnx.value_and_grad(objective)(model)
         optimizer.update(model, gradients)
         return value
@@ -239,7 +243,7 @@ def make_test_step(settings: Settings) -> Callable[..., tuple[jax.Array, jax.Arr
     """The step ``(model, images, labels) -> (sum of plain losses, number of hits)``."""
     loss = LOSSES[settings.loss]
 
-    def test_step(model: nnx.Module, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def test_step(model: Network, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = model(images)
         return loss(logits, labels, 0.0) * len(labels), jnp.sum(logits.argmax(-1) == labels)
 

@@ -197,7 +197,8 @@ class BytePairTokenizer:
         self._tokenizer.train_from_iterator([text], trainer)
         self.vocab_size = self._tokenizer.get_vocab_size()
         # The library writes a token with one character for each of its bytes.
-        self.byte_counts = np.array([len(self._tokenizer.id_to_token(i)) for i in range(self.vocab_size)])
+        numbers = self._tokenizer.get_vocab()
+        self.byte_counts = np.array([len(token) for token in sorted(numbers, key=numbers.__getitem__)])
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(text).ids, np.int32)

@@ -58,7 +58,8 @@ class LanguageModel(nnx.Module):
         x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[-1])[None])
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        hidden: jax.Array = self.norm(x)
+        return hidden
 
     @property
     def table(self) -> jax.Array:

@@ -1,5 +1,7 @@
 """The language-model example on several processes, each with its share of the embedding table."""
 
+# mypy: untyped-calls-exclude=jax
+
 from __future__ import annotations
 
 import multiprocessing
@@ -51,7 +53,7 @@ def make_mesh() -> Mesh | None:
     return jax.make_mesh((jax.device_count(),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def place(module: nnx.Module | nnx.Optimizer, mesh: Mesh, table: nnx.Variable | None = None) -> None:
+def place(module: nnx.Pytree, mesh: Mesh, table: nnx.Param[jax.Array] | None = None) -> None:
     """Give each device its share of the table, and a copy of everything else that was made on one of them.
 
     That includes an optimizer's counters: left there, they would make the second step another program than the first.

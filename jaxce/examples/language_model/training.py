@@ -1,5 +1,7 @@
 """Settings of the language-model example, the loss in either form and what memory it needs, and the trainer."""
 
+# mypy: untyped-calls-exclude=jax
+
 from __future__ import annotations
 
 import dataclasses
@@ -55,13 +57,14 @@ def make_loss(name: str, mode: str | None = None, mesh: Mesh | None = None) -> L
 
     With a mesh, the fused loss takes the table as it is: split over the devices.
     """
-    options: dict[str, Any] = {"vocab_axis": 0, "mode": mode, "reduction": "mean"}
+    axis_name = None if mesh is None else processes.AXIS
 
     def fused(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
-        return jaxce.linear_cross_entropy(hidden, table, targets, **options)
+        return jaxce.linear_cross_entropy(
+            hidden, table, targets, vocab_axis=0, mode=mode, reduction="mean", axis_name=axis_name
+        )
 
     if mesh is not None:
-        options["axis_name"] = processes.AXIS
         split = (P(), processes.TABLE, P())
         fused = jax.shard_map(fused, mesh=mesh, in_specs=split, out_specs=P())
 
@@ -85,7 +88,10 @@ def loss_arguments(settings: Settings, vocab_size: int, mesh: Mesh | None = None
 def temporary_bytes(loss: Loss, settings: Settings, vocab_size: int, mesh: Mesh | None = None) -> int:
     """The memory that loss and gradients need on each device beside arguments and results."""
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-    return step.lower(*loss_arguments(settings, vocab_size, mesh)).compile().memory_analysis().temp_size_in_bytes
+    memory = step.lower(*loss_arguments(settings, vocab_size, mesh)).compile().memory_analysis()
+    if memory is None:
+        raise UsageError("--loss: the compiler of this backend does not say what memory it takes.")
+    return int(memory.temp_size_in_bytes)
 
 
 # Training.
@@ -161,7 +167,7 @@ class Trainer:
         return self.data.tokenizer.decode(tokens)
 
 
-def make_optimizer(model: nnx.Module, settings: Settings) -> nnx.Optimizer:
+def make_optimizer(model: LanguageModel, settings: Settings) -> nnx.Optimizer[LanguageModel]:
     """AdamW, its rate rising for a tenth of the run and then falling to a tenth."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=settings.learning_rate / 10,
@@ -184,10 +190,11 @@ def make_optimizer(model: nnx.Module, settings: Settings) -> nnx.Optimizer:
 def make_train_step(loss: Loss) -> Callable[..., jax.Array]:
     """The step ``(model, optimizer, windows) -> loss``, which updates the first two."""
 
-    def train_step(model: LanguageModel, optimizer: nnx.Optimizer, windows: jax.Array) -> jax.Array:
+    def train_step(model: LanguageModel, optimizer: nnx.Optimizer[LanguageModel], windows: jax.Array) -> jax.Array:
         def objective(model: LanguageModel) -> jax.Array:
             return loss(model(windows[:, :-1]), model.table, windows[:, 1:])
 
+        value: jax.Array
         value, gradients = nnx.value_and_grad(objective)(model)
         optimizer.update(model, gradients)
         return value
