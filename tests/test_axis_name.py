@@ -251,7 +251,7 @@ def test_prediction_is_the_first_of_equals(rng):
         np.testing.assert_array_equal(jax.jit(mapped)(z, labels), np.argmax(z, -1))
 
 
-@pytest.mark.parametrize("loss", ["dense", *MODES])
+@pytest.mark.parametrize("loss", ["dense", "autodiff", *MODES])
 def test_one_class_a_device_whose_logits_are_computed_in_the_same_program(rng, loss):
     """A compiler may compute it for each of its uses, and round it in another way: then none has the maximum."""
     h, k, b = rng.normal(size=(36, 1)), rng.normal(size=(1, 2)), rng.normal(size=2)
@@ -259,7 +259,9 @@ def test_one_class_a_device_whose_logits_are_computed_in_the_same_program(rng, l
 
     def losses(h, k, b, labels):
         options = {"axis_name": "v", "return_aux": True, "reduction": "mean"}
-        if loss == "dense":
+        if loss == "autodiff":
+            options["implementation"] = loss
+        if loss in ("dense", "autodiff"):
             value, aux = softmax_cross_entropy(h * k + b[None], labels, **options)
         else:
             value, aux = linear_cross_entropy(h, k, labels, bias=b, mode=loss, **options)
