@@ -5,6 +5,7 @@ DATA ?= runs/data
 DEMO_ARGS ?=
 FUZZ_ARGS ?= --cases 2000
 NOTEBOOK_ARGS ?=
+SLOW_ARGS ?=
 MUTANT_ARGS ?= --count 100 --seed 0
 DOCS ?= build/docs
 BIN := $(VENV)/bin
@@ -25,11 +26,11 @@ data: $(READY)
 	@if [ -f ../shared/cifar10/unpack.py ] && [ ! -d $(DATA)/cifar-10-batches-bin ]; then \
 		$(BIN)/python ../shared/cifar10/unpack.py $(DATA); fi
 
-test: $(READY)  ## every module, doctests and README examples included (minutes)
+test: $(READY)  ## every module, doctests and README examples included, one case in eight of what has many (minutes)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(READY)  ## what that leaves out: random cases, programs for TPU, losses of several processes
-	$(PYTEST) -m slow
+test-slow: $(READY)  ## what that leaves out: the other cases, random ones, programs for TPU (half an hour)
+	$(PYTEST) -m slow $(SLOW_ARGS)
 
 fuzz: $(READY)  ## random cases of every loss against float64; FUZZ_ARGS="--seed 7 --cases 500" for others
 	$(BIN)/python -m tests.sweep $(FUZZ_ARGS)

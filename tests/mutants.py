@@ -228,7 +228,7 @@ def copy_tree(tree: pathlib.Path) -> None:
 
 
 OUT_OF_TIME = "out of time"
-OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not aot and not slow", "--tb=no"]
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not aot", "--tb=no"]
 
 
 class Runner:

@@ -220,6 +220,7 @@ def test_no_class_weight_hides_a_label_that_is_no_class(rng, label):
         np.testing.assert_array_equal(np.isnan(jax.jit(loss)(placed, labels, weights)), [False, True])
 
 
+@pytest.mark.slow
 def test_labels_of_64_bits(rng, x64):
     """Without a promotion of integers, which strict rules refuse."""
     h, k = rng.normal(size=(5, 3)), rng.normal(size=(3, V))
@@ -344,6 +345,7 @@ def test_the_gradient_of_narrow_hidden_states_is_summed_before_it_is_rounded(rng
     assert np.abs(got - dz @ kernel.T).mean() <= 1.2 * np.abs(one_device - dz @ kernel.T).mean()
 
 
+@pytest.mark.slow
 def test_hidden_states_that_were_gathered(rng):
     """What all_gather returns differs by its type, though not in value. Its derivative adds the devices' parts up."""
     args = linear_arguments(rng, "index", batch=(16,), v=32)
@@ -482,6 +484,7 @@ def test_what_moves_between_devices(rng, kind, loss):
 # --- Explicit meshes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "reduction", "kind"), pairwise(MODES, ["none", "mean"], KINDS, allowed=store_needs_one_number)
 )

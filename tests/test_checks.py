@@ -15,6 +15,8 @@ import pytest
 import jaxce
 from jaxce import SparseTargets, checks
 
+pytestmark = pytest.mark.every_case
+
 LOGITS = np.zeros((2, 3), np.float32)
 LABELS = np.array([0, 1], np.int32)
 PROBS = np.full((2, 3), 1 / 3, np.float32)

@@ -327,6 +327,7 @@ def nudged_step_losses(trainer, start, seed, roundings=1):
     return step_losses(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"label_smoothing": 0.1, "mixup": 0.2}], ids=repr)
 def test_jaxce_and_optax_follow_the_same_curve(changes):
     """To within the loss's own rounding, and what training makes of roundings.
@@ -371,6 +372,7 @@ def test_testing_weighs_examples_alike_in_a_last_short_batch(monkeypatch):
     np.testing.assert_allclose(trainer.test(), at_once, rtol=16 * EPS)
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_curve_of_one_run(tmp_path, no_network, console, monkeypatch):
     """In the middle of an epoch, after one, and from the checkpoint before when the newest is damaged."""
     settings = make_settings(epochs=3, mixup=0.2)  # mixup, so that random numbers matter
@@ -482,6 +484,7 @@ def test_a_new_run_replaces_the_checkpoints_of_a_longer_one(saved, console):
     assert checkpoints(folder.parent) == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [

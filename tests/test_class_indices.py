@@ -70,6 +70,7 @@ def labels_of(dtype, number, wide):
 SOME_WIDE = [False, pytest.param(True, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("wide", SOME_WIDE)
 def test_a_number_too_large_for_32_bits_is_no_class(function, wide):

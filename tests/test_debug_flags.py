@@ -72,6 +72,7 @@ def test_an_unused_row_may_hold_anything(unused, options, bad):
             np.testing.assert_array_equal(found[1][::2], wanted[1][::2])
 
 
+@pytest.mark.slow
 def test_classes_of_probability_zero():
     z = np.array([[1.0, -INF, 2.0], [0.0, 1.0, 2.0]], np.float32)
     with flags("debug_nans", "debug_infs"):
@@ -84,6 +85,7 @@ def test_classes_of_probability_zero():
             jax.grad(lambda h, o: jaxce.linear_cross_entropy(h, KERNEL[:, :3], np.array([0, 2]), **o))(h, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0.0, NAN])
 def test_diagnostics(bad):
     z, labels = rows(bad), LABELS

@@ -323,6 +323,7 @@ def test_tiny_losses_keep_their_digits():
     assert found.brier == pytest.approx(2 * 2.0611536e-09**2, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("labels", [np.int8, np.uint8, np.int32])
 def test_narrow_dtypes(rng, dtype, labels):
@@ -374,6 +375,7 @@ def assert_alike(a, b, skip=()):
             assert value == b[key], key
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1),
     cuts=st.lists(st.sampled_from([0, 5, 12, 24]), min_size=2, max_size=2),  # few sizes to compile for
@@ -400,6 +402,7 @@ def test_batches_merge_to_one_pass_in_any_order_of_merging(seed, cuts, ties):
         assert_alike(diagnostics.finish(merged), one_pass, skip)
 
 
+@pytest.mark.slow
 def test_streams_under_jit_and_scan(rng):
     logits, labels = draw(rng, n=60)
     first = diagnostics.summarize(logits[:20], labels[:20])
@@ -412,6 +415,7 @@ def test_streams_under_jit_and_scan(rng):
     assert_alike(diagnostics.finish(total), diagnostics.report(logits, labels))
 
 
+@pytest.mark.slow
 def test_numeric_parts_are_jitable(rng):
     logits, labels = draw(rng, n=20)
     for function in (diagnostics.brier, diagnostics.fit_temperature, diagnostics.calibration, diagnostics.summarize):
@@ -423,6 +427,7 @@ def test_numeric_parts_are_jitable(rng):
     )
 
 
+@pytest.mark.slow
 def test_double_precision(rng, x64):
     logits, labels = draw(rng)
     logits = logits.astype(np.float64)

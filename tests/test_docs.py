@@ -10,6 +10,8 @@ import pytest
 import jaxce
 from jaxce import diagnostics
 
+pytestmark = pytest.mark.every_case
+
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGES = [path.read_text() for path in DOCS.glob("api/*.rst")]
 DOCUMENTED = {name.split(".")[-1] for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)", "\n".join(PAGES), re.M)}

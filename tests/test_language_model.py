@@ -182,6 +182,7 @@ def test_unigram_entropy():
 # Network.
 
 
+@pytest.mark.slow
 def test_the_network_looks_at_nothing_behind(rng):
     model = networks.LanguageModel(50, 16, 32, 2, nnx.Rngs(0))
     tokens = rng.integers(0, 50, (1, 16)).astype(np.int32)
@@ -250,6 +251,7 @@ def nudged_step_losses(trainer, start, seed, roundings=1):
     return step_losses(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "recompute", "store"])
 def test_fused_and_dense_follow_the_same_curve(dataset, mode):
     """To within the loss's own rounding, and what training makes of roundings, as for CIFAR-10 and optax."""
@@ -306,6 +308,7 @@ def test_bits_per_byte_of_guessing_bytes_is_8():
     assert Measures(math.log(50), 0.0).perplexity == pytest.approx(50)
 
 
+@pytest.mark.slow
 def test_testing_weighs_tokens_alike_in_a_last_short_batch(dataset):
     trainer = training.Trainer(dataset, make_settings(batch_size=7))
     assert len(trainer.validation_windows()) % 7
@@ -362,6 +365,7 @@ def test_prints_the_memory_of_both_losses_and_the_plan(finished):
     assert history["plan"] in printed
 
 
+@pytest.mark.slow
 def test_memory_of_the_fused_loss_is_less():
     settings = make_settings(batch_size=64, context=128)
     vocab_size = 16384
@@ -499,6 +503,7 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, folder, capfd, monkeypa
     assert rows["1"][0] != rows["1"][-1]
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once(dataset):
     mesh = jax.make_mesh((2,), ("vocabulary",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     trainer = training.Trainer(dataset, make_settings(), mesh)

@@ -173,6 +173,7 @@ def assert_near_the_oracle(args, cotangents, outs, grads):
     return wanted, 16 * EPS + 3 * off
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 @hypothesis.given(
     seed=st.integers(0, 2**20),
@@ -496,6 +497,7 @@ def test_vmap(rng, mode, over):
             np.testing.assert_allclose(a[i], b, rtol=2000 * EPS, atol=2000 * EPS * max(1, np.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_inside_scan_and_checkpoint(rng, mode):
     args = arguments(rng)
@@ -520,6 +522,7 @@ def test_inside_scan_and_checkpoint(rng, mode):
         np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_second_derivatives(rng, mode):
     """A Hessian-vector product both ways, over hidden, kernel and bias."""
@@ -651,6 +654,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(rng):
     assert [eqn.primitive.name for eqn in equations(jaxpr)].count("dot_general") == 2  # one in each block of classes
 
 
+@pytest.mark.slow
 def test_blocks_without_used_tokens_are_left_out(rng):
     """Whatever the order of the tokens: the used ones come first."""
     args = arguments(rng)
@@ -695,6 +699,7 @@ def test_a_retiled_block_is_the_block_and_has_its_derivatives(dtype, vocab_axis)
         np.testing.assert_array_equal(derivative(retiled)(kernel), derivative(sliced)(kernel))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 def test_a_chip_that_retiles_gets_the_same_gradients_of_gradients(vocab_axis):
     rng = np.random.default_rng(0)
@@ -805,6 +810,7 @@ def test_products_of_every_dtype_run_and_are_rounded_once(rng, dtypes):
             oracle.assert_within(g, value, bound + 1.01 * rounded, f"{mode} {vocab_axis} {option} {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "kind", "dtypes"),
     pairwise(
@@ -834,6 +840,7 @@ def test_narrow_gradients_of_targets_weights_and_amounts_are_rounded_once(rng, l
         oracle.assert_within(got[name], value, oracle.half_ulp(value, narrow) + rounding, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "reduction"), [("recompute", "mean"), ("store", "sum"), ("store", "mean"), ("store", "mean_count")]
 )

@@ -19,6 +19,8 @@ import pytest
 
 import jaxce
 
+pytestmark = pytest.mark.every_case
+
 PUBLIC = {
     "CrossEntropyAux",
     "LinearPlan",

@@ -12,6 +12,8 @@ import pytest
 
 from benchmarks import readme as tables
 
+pytestmark = pytest.mark.every_case
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", README.read_text(), re.S)
 

@@ -40,6 +40,7 @@ def test_forward_mode_names_the_other_implementation(loss, forward):
         FORWARD[forward](LOSSES[loss])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_reverse_mode_is_made_of(loss):
     """One program: every entry is the same second or first derivative."""

@@ -315,6 +315,7 @@ def losses(rng):
         yield mode, lambda h, k, y, w, f=linear: f(h, k, y, weights=w), (h, k, y, w)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("place", PLACED)
 def test_every_placement_of_every_argument(rng, axis_type, place):

@@ -137,6 +137,7 @@ def test_rows_on_several_devices_stay_where_they_are(rng):
     np.testing.assert_array_equal(jax.jit(mapped)(z, y), loss_of_rows(z, y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(4096, 10), (517, 8209), (64, 50257)])
 @pytest.mark.parametrize("gradient", [False, True])

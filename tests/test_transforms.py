@@ -169,6 +169,7 @@ def test_derivatives_of_every_order(implementation, rng):
         np.testing.assert_allclose(f(1.0), wanted, rtol=1e-12)  # a few hundred roundings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hessian(kind, implementation, logits, rng):
