@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         gpu_check.run()
         return
     rehearsal = device is None
-    kind = "" if rehearsal else device.device_kind
+    kind = "" if device is None else device.device_kind
     cells, seconds = (REHEARSAL, 0.05) if args.cpu_rehearsal else (CELLS, args.seconds)
     environment = measure.environment("jaxce", "jax", "jaxlib", "numpy")
     environment |= {"gpu": kind or "none", "driver": driver(), "runtime": jax.devices()[0].client.platform_version}
@@ -259,5 +259,4 @@ def compiled_row(name: str, loss: Callable, device: Any) -> dict[str, Any]:
     with tpu.told(device), tpu.uncached():
         gradient = jax.value_and_grad(loss, (0, 1))
         program = jax.jit(gradient, in_shardings=one, out_shardings=one).lower(*shapes).compile()
-    temp = program.memory_analysis().temp_size_in_bytes
-    return {"library": name, "temp_bytes": temp, **hlo.kernels(program.as_text())}
+    return {"library": name, "temp_bytes": measure.temp_bytes(program), **hlo.kernels(program.as_text() or "")}

@@ -86,12 +86,12 @@ def kernels(text: str) -> dict[str, int]:
 
     def launched(line: str) -> bool:
         found = _LINE.search(line)
-        return bool(found) and found["kind"] in _LAUNCHED and "AllocateBuffer" not in line
+        return found is not None and found["kind"] in _LAUNCHED and "AllocateBuffer" not in line
 
     def moved(line: str) -> int:
-        if not launched(line):
-            return 0
         found = _LINE.search(line)
+        if found is None or not launched(line):
+            return 0
         called = re.search(r"calls=%?([\w.\-]+)", line)
         if not called:
             operands = re.findall(r"%([\w.\-]+)", found["operands"])

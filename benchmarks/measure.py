@@ -64,7 +64,14 @@ def compiled(f: Callable, *args: Any) -> tuple[Callable, dict[str, float]]:
     start = time.perf_counter()
     program = lowered.compile()
     seconds = time.perf_counter() - start
-    return program, {"compile_s": seconds, "temp_bytes": program.memory_analysis().temp_size_in_bytes}
+    return program, {"compile_s": seconds, "temp_bytes": temp_bytes(program)}
+
+
+def temp_bytes(program: jax.stages.Compiled) -> int:
+    """The temporary bytes that a program needs."""
+    memory = program.memory_analysis()
+    assert memory is not None  # it is for a platform that says
+    return memory.temp_size_in_bytes
 
 
 def first_call(f: Callable, *args: Any) -> tuple[Callable, dict[str, float]]:
@@ -76,7 +83,7 @@ def first_call(f: Callable, *args: Any) -> tuple[Callable, dict[str, float]]:
 
 def environment(*packages: str) -> dict[str, Any]:
     """Versions and machine, for a results file."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in packages:
         try:
             versions[name] = metadata.version(name)

@@ -85,9 +85,9 @@ def tpu_row(slice_: str, shape: tuple[int, int], v: int, losses: tuple[str, ...]
     for name in losses:
         with tpu.uncached():
             compiled = program(name, mesh, *args)
-        text = compiled.as_text()
+        text = compiled.as_text() or ""
         figures[name] = {
-            "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "temp_bytes": measure.temp_bytes(compiled),
             "cycles": hlo.estimated_cycles(text),
             "collective_bytes": hlo.collective_bytes(text),
             "collectives": hlo.collectives(text),
@@ -118,7 +118,7 @@ def cpu_row(devices: int, seconds: float) -> dict[str, Any]:
         name: {
             "median_ms": float(np.median(times[name])) * 1e3,
             "to_optax": measure.median_ratio(times[name], times["optax"]),
-            "temp_bytes": programs[name].memory_analysis().temp_size_in_bytes,
+            "temp_bytes": measure.temp_bytes(programs[name]),
         }
         for name in LOSSES
     }

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
 from benchmarks.hlo import estimated_cycles
+from benchmarks.measure import temp_bytes
 
 # Without these libtpu looks for the machine's metadata, which only a cloud machine has, and lets only one process in.
 for _name, _value in {
@@ -39,11 +40,11 @@ def compile_for(chip: str, f: Callable, *shapes: Any, told: bool = True) -> dict
     one = SingleDeviceSharding(_device(chip))
     with traced_for(chip) if told else contextlib.nullcontext(), uncached():
         program = jax.jit(f, in_shardings=one, out_shardings=one).lower(*shapes).compile()
-    text = program.as_text()
+    text, cost = program.as_text() or "", program.cost_analysis() or {}
     return {
-        "bytes": program.cost_analysis()["bytes accessed"],
+        "bytes": cost["bytes accessed"],
         "cycles": estimated_cycles(text),
-        "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+        "temp_bytes": temp_bytes(program),
         "gathers_and_scatters": [*re.findall(r"= (\S+) (?:gather|scatter)\(", text)],
     }
 

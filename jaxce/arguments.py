@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,26 +24,43 @@ REDUCTIONS = ("none", "sum", "mean", "mean_count")
 IMPLEMENTATIONS = ("xla", "autodiff")
 
 
+Change = Callable[[Array], Array]
+
+
+def _unchanged(x: Array) -> Array:
+    return x
+
+
 class Examples(NamedTuple):
-    """What differs by example, or token. It has either logits or hidden states.
+    """What differs by example, or token, beside its logits or hidden states.
 
     Class indices are `indices [..., K]`, with `probs [..., K]` unless each is 1; probabilities are `probs [..., V]`
     without indices.
     """
 
-    logits: Array | None = None
-    hidden: Array | None = None
     indices: Array | None = None
     probs: Array | None = None
     weights: Array | None = None
     where: Array | None = None
 
+    def by_kind(self, row: Change = _unchanged, entries: Change = _unchanged, classes: Change = _unchanged) -> Examples:
+        """Each array through the function for its kind: numbers of rows `[...]`, `[..., K]`, or `[..., V]`."""
+        of = dict.fromkeys(self._fields, row) | {"indices": entries, "where": classes}
+        of["probs"] = classes if self.indices is None else entries
+        return Examples(**{name: of[name](x) for name, x in self._asdict().items() if x is not None})
+
+
+class Projection(NamedTuple):
+    """Of the linear loss, whose logits are hidden @ kernel + bias."""
+
+    hidden: Array
+    kernel: Array
+    bias: Array | None = None
+
 
 class Shared(NamedTuple):
     """What all examples share."""
 
-    kernel: Array | None = None
-    bias: Array | None = None
     class_weights: Array | None = None
     label_smoothing: Array | None = None
     z_loss: Array | None = None
@@ -140,7 +157,7 @@ def of_terms(options: Options, examples: Examples, shared: Shared) -> tuple[Exam
     weighted = by_class or options.label_smoothing
     return (
         examples._replace(probs=examples.probs if by_class else None, weights=None),
-        Shared(shared.kernel, shared.bias, shared.class_weights if weighted else None),
+        Shared(shared.class_weights if weighted else None),
     )
 
 

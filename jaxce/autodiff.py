@@ -16,9 +16,9 @@ from jaxce.sharding import AxisNames, sum_over
 from jaxce.stats import Terms, weighted, working_dtype
 
 
-def terms(options: Options, examples: Examples, shared: Shared) -> Terms:
+def terms(options: Options, logits: Array, examples: Examples, shared: Shared) -> Terms:
     """As `jaxce.softmax.softmax_terms`."""
-    logits, probs, where, class_weights = examples.logits, examples.probs, examples.where, shared.class_weights
+    probs, where, class_weights = examples.probs, examples.where, shared.class_weights
     if where is not None:
         where = jnp.broadcast_to(where, logits.shape)
     if probs is not None and class_weights is not None:
@@ -55,10 +55,10 @@ def _row_terms(
     surprise = log_sum - d  # −log p of each class
     p = jnp.exp(-surprise)
 
-    if indices is not None:
-        target = jax.vmap(lambda i: _index_loss(z, z_max, i, surprise, axes))(indices)
-    else:
+    if probs is not None:
         target = _expectation(probs.astype(z.dtype), surprise, axes)
+    else:
+        target = jax.vmap(lambda i: _index_loss(z, z_max, i, surprise, axes))(indices)
     smoothing = entropy = None
     if options.label_smoothing:
         v = jnp.ones_like(z) if v is None else v

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,15 @@ _EIGHT_BITS = ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m
 FLOATS = tuple(map(jnp.dtype, ("float16", "bfloat16", "float32", "float64", *(f"float8_{x}" for x in _EIGHT_BITS))))
 
 
-def as_array(x: Any) -> Any:
-    """`x` as an array of a dtype that JAX uses now. No JAX array is made: `jax_debug_nans` would look at it."""
+def as_array(x: Any) -> jax.Array:
+    """`x` as an array of a dtype that JAX uses now. No JAX array is made: `jax_debug_nans` would look at it.
+
+    Nothing is done with a NumPy array that a JAX array would not do as well, so it passes for one.
+    """
     if isinstance(x, jax.Array):
         return x
     with np.errstate(over="ignore"):  # JAX, too, makes inf of a float64 that is too large
-        return np.asarray(x, jnp.result_type(x))
+        return cast(jax.Array, np.asarray(x, jnp.result_type(x)))
 
 
 def is_array(x: Any) -> bool:
@@ -60,10 +63,10 @@ def float_array(name: str, x: Any) -> jax.Array:
     """`x` as a JAX array of floats with at least one axis."""
     if not is_array(x) or jnp.result_type(x) not in FLOATS:
         fail(TypeError, name, "an array of floats, of 8 to 64 bits", describe(x), _convert(name, x))
-    x = as_array(x)
-    if x.ndim == 0:
-        fail(ValueError, name, "at least one axis, the classes", describe(x))
-    return x
+    array = as_array(x)
+    if array.ndim == 0:
+        fail(ValueError, name, "at least one axis, the classes", describe(array))
+    return array
 
 
 def _convert(name: str, x: Any) -> str:
@@ -121,7 +124,7 @@ def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: S
     if not is_array(mask) or jnp.result_type(mask) != jnp.bool_:
         fail(TypeError, "where", "an array of bools", describe(mask), "Convert it with where.astype(bool).")
     mask = as_array(mask)
-    readings = []
+    readings: list[jax.Array] = []
     if broadcastable(mask.shape, full):
         readings.append(mask.reshape((1,) * (len(full) - mask.ndim) + mask.shape))
     if mask.shape == batch and mask.ndim < len(full):
@@ -180,10 +183,10 @@ def kernel(x: jax.Array, size: int, vocab_axis: int) -> None:
 
 
 def bias(x: Any, size: int) -> jax.Array:
-    x = float_array("bias", x)
-    if x.shape != (size,):
-        fail(ValueError, "bias", f"shape ({size},), one number per class", describe(x))
-    return x
+    array = float_array("bias", x)
+    if array.shape != (size,):
+        fail(ValueError, "bias", f"shape ({size},), one number per class", describe(array))
+    return array
 
 
 def scalar(name: str, x: Any, low: float, high: float) -> None:

@@ -65,7 +65,7 @@ class Counts(NamedTuple):
 
     classes: Array | None
     counted: Array
-    weight: Array | None
+    weight: Array
     unused: Array
 
 
@@ -123,13 +123,14 @@ def compose(
         nll = jnp.sum(times(probs, surprise), -1)
         target = nll
         if shared.class_weights is not None:
-            target = jnp.sum(times(_weighted_entries(options, examples, shared.class_weights), surprise), -1)
+            by_class = _weighted_entries(options, examples.indices, examples.probs, shared.class_weights)
+            target = jnp.sum(times(by_class, surprise), -1)
 
     loss = target
-    if options.label_smoothing:
+    if shared.label_smoothing is not None and terms.smoothing is not None:
         share = shared.label_smoothing / _class_count(counts.classes, num_classes, dtype)
         loss = times(1 - shared.label_smoothing, target) + times(share, terms.smoothing)
-    if options.z_loss:
+    if shared.z_loss is not None:
         # What is not finite has no derivative: it must not turn a cotangent of 0 into NaN.
         lse = terms.log_normalizer
         lse = jnp.where(jnp.isfinite(lse), lse, lax.stop_gradient(lse))
@@ -144,20 +145,23 @@ def compose(
     if not options.return_aux:
         return reduced
     nll = jnp.where(counts.counted, nll, zero)
+    assert terms.entropy is not None  # the aux record is why it was computed
+    assert prediction is not None
     return reduced, CrossEntropyAux(nll, terms.log_normalizer, terms.entropy, prediction, counts.weight)
 
 
-def _weighted_entries(options: Options, examples: Examples, class_weights: Array) -> Array:
+def _weighted_entries(options: Options, indices: Array, probs: Array | None, class_weights: Array) -> Array:
     """w_c t_c at each of the K index entries."""
-    by_class = class_weight_at(class_weights, examples.indices, options.axis_name)
-    probs = entry_probs(examples.indices, examples.probs, options.ignore_index)
+    by_class = class_weight_at(class_weights, indices, options.axis_name)
+    probs = entry_probs(indices, probs, options.ignore_index)
     return by_class if probs is None else times(by_class, probs.astype(by_class.dtype))
 
 
 def _class_weight_of_examples(options: Options, examples: Examples, class_weights: Array) -> Array:
     """Σ_c w_c t_c, which is w_y for an index."""
     if examples.indices is not None:
-        return jnp.sum(_weighted_entries(options, examples, class_weights), -1)
+        return jnp.sum(_weighted_entries(options, examples.indices, examples.probs, class_weights), -1)
+    assert examples.probs is not None  # targets are either indices or probabilities
     probs = examples.probs.astype(class_weights.dtype)
     if explicitly_sharded(probs):  # a product over a sharded axis would have to be told how its result is sharded
         return jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1)

@@ -36,20 +36,20 @@ class Factors(NamedTuple):
     entropy: Array | None
 
 
-def factors(options: Options, indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> Factors:
+def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> Factors:
     """What `gradient` needs to know of whole rows: their finite record, and the cotangents of the terms of each."""
     dead = ~alive & ~_any_used(ct)
     sound = jnp.where(alive | dead, 1, jnp.nan).astype(stats.rest.dtype)
     rest = stats.rest
     inverse = sound / (1 + rest)
-    a = ct.log_normalizer + (jnp.sum(ct.target, -1) if indices is not None else ct.target * stats.target.mass)
-    if options.label_smoothing:
+    a = ct.log_normalizer + (jnp.sum(ct.target, -1) if stats.target is None else ct.target * stats.target.mass)
+    if ct.smoothing is not None and stats.smoothing is not None:
         a = a + ct.smoothing * stats.smoothing.mass
     at_targets = entropy = None
-    if options.return_aux:
+    if ct.entropy is not None and stats.spread is not None:
         entropy = ct.entropy * inverse
         a = a - entropy * stats.spread
-    if indices is not None:
+    if indices is not None and stats.picked is not None:
         below = stats.picked - stats.max[..., None]
         at_targets = _at_targets(indices, ct.target, a, below, rest, inverse, entropy)
     maximum = jnp.where(dead, jnp.inf, stats.max)
@@ -58,8 +58,8 @@ def factors(options: Options, indices: Array | None, stats: RowStats, alive: Arr
 
 def gradient(
     options: Options, logits: Array, examples: Examples, shared: Shared, of: Factors, again: bool = False
-) -> tuple[Array, Array | None, Array | None]:
-    """The gradients in logits, in probabilities `[..., V]` (not yet rounded to their dtype) and in class weights.
+) -> tuple[Array, Examples, Shared]:
+    """The gradients in the arguments; in probabilities `[..., V]` it is not yet rounded to their dtype.
 
     The logits `[..., V]` are of all classes or of some, as is what weighs them.
 
@@ -84,13 +84,13 @@ def gradient(
     if of.entropy is not None:
         scale = scale + of.entropy[..., None] * _finite_distance(below)
     dz = e * scale
-    if of.at_targets is not None:
+    if rows.indices is not None and of.at_targets is not None:
         dz = put(dz, rows.indices, of.at_targets)
 
     dprobs = dweights = None
     surprise = below + of.log_sum[..., None]  # −log p
     batch = tuple(range(dz.ndim - 1))
-    if rows.probs is not None:
+    if examples.probs is not None and rows.probs is not None:
         dz = dz - of.target[..., None] * rows.probs.astype(dtype)
         dprobs = taking_part(times(of.target[..., None], surprise))
         if shared.class_weights is not None:
@@ -106,7 +106,7 @@ def gradient(
         t = jnp.tanh(_alive(of.dead, logits.astype(dtype)) / options.logit_softcap)
         dz = dz * ((1 - t) * (1 + t))
     dz = taking_part(dz)  # last: a masked logit may be NaN
-    return dz.astype(logits.dtype), dprobs, dweights
+    return dz.astype(logits.dtype), Examples(probs=dprobs), Shared(class_weights=dweights)
 
 
 def _alive(dead: Array, x: Array) -> Array:

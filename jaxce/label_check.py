@@ -28,7 +28,8 @@ _check_p = Primitive("check_labels")
 def check_labels(known: Array, labels: Array, num_classes: int) -> Array:
     """`known`, which says of each label whether it is a class (or does not matter)."""
     _register_rules()
-    return _check_p.bind(known, labels, num_classes=num_classes)
+    checked: Array = _check_p.bind(known, labels, num_classes=num_classes)
+    return checked
 
 
 def _identity(known: Array, labels: Array, *, num_classes: int) -> Array:

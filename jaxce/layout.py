@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,37 +13,32 @@ from jaxce.arguments import Examples, Shared
 from jaxce.sharding import explicit_mesh, place, spec_of
 
 
-def sharded_alike(examples: Examples, shared: Shared, axes: tuple[int, ...]) -> tuple[Examples, Shared]:
+def sharded_alike(logits: Array, examples: Examples, shared: Shared, axes: tuple[int, ...]) -> tuple[Examples, Shared]:
     """On a mesh with Explicit axes, targets, mask and weights are sharded as the logits are."""
-    if (mesh := explicit_mesh(examples.logits)) is None:
+    if (mesh := explicit_mesh(logits)) is None:
         return examples, shared
-    full = spec_of(examples.logits)
+    full = spec_of(logits)
     batch = [s for i, s in enumerate(full) if i not in axes]
 
-    def placed(x: Array | None, spec: Sequence[Any]) -> Array | None:
-        return x if x is None else place(x, mesh, spec)
+    def placed(*spec: Any) -> Callable[[Array], Array]:
+        return lambda x: place(x, mesh, spec)
 
-    entries = [*batch, None]
-    by_class = [full[axes[0]] if len(axes) == 1 else None]
-    examples = examples._replace(
-        indices=placed(examples.indices, entries),
-        probs=placed(examples.probs, full if examples.indices is None else entries),
-        weights=placed(examples.weights, batch),
-        where=placed(examples.where, full),
-    )
-    return examples, shared._replace(class_weights=placed(shared.class_weights, by_class))
+    examples = examples.by_kind(row=placed(*batch), entries=placed(*batch, None), classes=placed(*full))
+    if shared.class_weights is not None:
+        by_class = placed(full[axes[0]] if len(axes) == 1 else None)
+        shared = shared._replace(class_weights=by_class(shared.class_weights))
+    return examples, shared
 
 
-def classes_last(examples: Examples, axes: tuple[int, ...]) -> Examples:
+def classes_last(logits: Array, examples: Examples, axes: tuple[int, ...]) -> tuple[Array, Examples]:
     """Logits `[..., V]`, targets to match, and a mask that still broadcasts."""
-    full, probs, where = examples.logits.shape, examples.probs, examples.where
-    if probs is not None and examples.indices is None:
-        probs = _move(probs, axes)
-    if where is not None:
-        if len(axes) > 1:  # these axes become one, so the mask must span them
-            where = jnp.broadcast_to(where, [n if i in axes else where.shape[i] for i, n in enumerate(full)])
-        where = _move(where, axes)
-    return examples._replace(logits=_move(examples.logits, axes), probs=probs, where=where)
+
+    def moved(x: Array) -> Array:
+        if len(axes) > 1:  # these axes become one, so a mask must span them
+            x = jnp.broadcast_to(x, [n if i in axes else x.shape[i] for i, n in enumerate(logits.shape)])
+        return _move(x, axes)
+
+    return moved(logits), examples.by_kind(classes=moved)
 
 
 def _move(x: Array, axes: tuple[int, ...]) -> Array:
@@ -54,9 +49,7 @@ def _move(x: Array, axes: tuple[int, ...]) -> Array:
     return x if len(axes) == 1 else x.reshape(*x.shape[: -len(axes)], math.prod(x.shape[-len(axes) :]))
 
 
-def class_count(where: Array | None, shape: tuple[int, ...]) -> Array | None:
-    """How many classes of each row of `shape [..., V]` the mask lets take part; None without a mask."""
-    if where is None:
-        return None
+def class_count(where: Array, shape: tuple[int, ...]) -> Array:
+    """How many classes of each row of `shape [..., V]` the mask lets take part."""
     count = jnp.sum(where, -1, dtype=jnp.int32) * (shape[-1] if where.shape[-1] == 1 else 1)
     return jnp.broadcast_to(count, shape[:-1])

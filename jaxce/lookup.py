@@ -18,7 +18,8 @@ def pick(array: Array, indices: Array) -> Array:
         return compared(array, indices)
     if indices.shape[-1] > _MAX_COMPARED:
         return gathered(array, indices)
-    return lax.platform_dependent(array, indices, cpu=gathered, default=compared)
+    values: Array = lax.platform_dependent(array, indices, cpu=gathered, default=compared)
+    return values
 
 
 def compared(array: Array, indices: Array) -> Array:

@@ -24,7 +24,8 @@ Tree = TypeVar("Tree")
 def written(tree: Tree) -> Tree:
     """The arrays; on CPU they are written to memory, not computed anew by everything that reads them."""
     barriers = functools.partial(jax.tree.map, lax.optimization_barrier)  # one for all would make their types alike
-    return lax.platform_dependent(tree, cpu=barriers, default=lambda x: x)
+    same: Tree = lax.platform_dependent(tree, cpu=barriers, default=lambda x: x)
+    return same
 
 
 def on_one_cpu(own: Callable[..., Tree], elsewhere: Callable[..., Tree], likes: Tree, operands: Any) -> Tree:
@@ -34,19 +35,20 @@ def on_one_cpu(own: Callable[..., Tree], elsewhere: Callable[..., Tree], likes: 
     axes, or 1 in their place: those of a batch are put before them. `likes` are of the types of the results.
     """
     leaves, tree = jax.tree.flatten((likes, operands))
-    results = _choice_p.bind(*leaves, tree=tree, own=own, elsewhere=elsewhere)
-    return jax.tree.unflatten(jax.tree.structure(likes), results)
+    chosen = _choice_p.bind(*leaves, tree=tree, own=own, elsewhere=elsewhere)
+    results: Tree = jax.tree.unflatten(jax.tree.structure(likes), chosen)
+    return results
 
 
 _choice_p = Primitive("on_one_cpu")
 _choice_p.multiple_results = True
 
 
-def _own(*leaves: Any, tree: Any, own: Callable, elsewhere: Callable) -> list[Any]:
+def _own(*leaves: Any, tree: Any, own: Callable[..., object], elsewhere: Callable[..., object]) -> list[Any]:
     return jax.tree.leaves(own(*jax.tree.unflatten(tree, leaves)))
 
 
-def _elsewhere(*leaves: Any, tree: Any, own: Callable, elsewhere: Callable) -> list[Any]:
+def _elsewhere(*leaves: Any, tree: Any, own: Callable[..., object], elsewhere: Callable[..., object]) -> list[Any]:
     return jax.tree.leaves(elsewhere(*jax.tree.unflatten(tree, leaves)))
 
 

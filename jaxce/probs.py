@@ -74,18 +74,18 @@ def cross_entropy_from_probs(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    return _loss(examples._replace(logits=probs), shared, axes=axes, options=options)
+    loss: Array = _loss(probs, examples, shared, axes=axes, options=options)
+    return loss
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))
-def _loss(examples: Examples, shared: Shared, *, axes: tuple[int, ...], options: Options) -> Array:
-    """Of probabilities in place of logits."""
-    examples, shared = sharded_alike(examples, shared, axes)
-    examples = classes_last(examples, axes)
-    p, indices, class_weights = examples.logits, examples.indices, shared.class_weights
+def _loss(p: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...], options: Options) -> Array:
+    examples, shared = sharded_alike(p, examples, shared, axes)
+    p, examples = classes_last(p, examples, axes)
+    indices, class_weights = examples.indices, shared.class_weights
     dtype = working_dtype(p.dtype)
     p = p.astype(dtype)
-    if indices is None:  # used more than once: their gradients are added before they are rounded
+    if examples.probs is not None:  # used more than once: their gradients are added before they are rounded
         examples = examples._replace(probs=examples.probs.astype(dtype))
     like = jnp.sum(p, -1)
     counts = who_counts(options, examples, shared, like)
@@ -103,6 +103,7 @@ def _loss(examples: Examples, shared: Shared, *, axes: tuple[int, ...], options:
     if indices is not None:
         target = _surprise(pick(p, indices), idle)
     else:
+        assert examples.probs is not None  # targets are either indices or probabilities
         t = examples.probs
         if class_weights is not None:
             t = t * jnp.broadcast_to(class_weights, t.shape)

@@ -23,7 +23,8 @@ Tree = TypeVar("Tree")
 def reverse_mode_only(tree: Tree) -> Tree:
     """The arrays themselves, which cannot be differentiated in forward mode."""
     _register_jet_rule()
-    return jax.tree.map(lambda x: _argument_p.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    same: Tree = jax.tree.map(lambda x: _argument_p.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return same
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

@@ -50,7 +50,8 @@ def vary(tree: Tree, axes: frozenset[str]) -> Tree:
         missing = axes - varying(a)
         return lax.pcast(a, tuple(sorted(missing)), to="varying") if missing else a
 
-    return jax.tree.map(cast, tree)
+    varied: Tree = jax.tree.map(cast, tree)
+    return varied
 
 
 def sum_over(tree: Tree, axes: AxisNames) -> Tree:
@@ -88,4 +89,5 @@ def spec_of(x: Array) -> Any:
 def place(x: Array, mesh: Any, spec: Sequence[Any]) -> Array:
     """`x`, sharded over the mesh by `spec`, which is of the shape that its own broadcasts to."""
     own = [None if n == 1 else s for n, s in zip(x.shape, spec[len(spec) - x.ndim :], strict=True)]
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.P(*own)))
+    placed: Array = jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.P(*own)))
+    return placed

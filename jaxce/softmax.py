@@ -196,30 +196,31 @@ def _checked_loss(
     )
     checks.split_over("logits", logits, constants.axis_name, "classes")
     checks.split_over("logits", logits, constants.batch_axis_name, "examples")
-    return _loss(examples._replace(logits=logits), shared, axes=axes, options=constants)
+    result: Array | tuple[Array, CrossEntropyAux] = _loss(logits, examples, shared, axes=axes, options=constants)
+    return result
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))
 def _loss(
-    examples: Examples, shared: Shared, *, axes: tuple[int, ...], options: Options
+    logits: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...], options: Options
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    examples, shared = sharded_alike(examples, shared, axes)
-    return loss_of_logits(options, classes_last(examples, axes), shared)
+    examples, shared = sharded_alike(logits, examples, shared, axes)
+    logits, examples = classes_last(logits, examples, axes)
+    return loss_of_logits(options, logits, examples, shared)
 
 
-def loss_of_logits(options: Options, examples: Examples, shared: Shared) -> Array | tuple[Array, CrossEntropyAux]:
+def loss_of_logits(
+    options: Options, logits: Array, examples: Examples, shared: Shared
+) -> Array | tuple[Array, CrossEntropyAux]:
     """The loss, from checked arguments with the classes last."""
-    axes, logits = options.axis_name, examples.logits
-    by_class = examples.indices is None and shared.class_weights is not None
-    if by_class:
+    axes, V = options.axis_name, logits.shape[-1]
+    if examples.indices is None and examples.probs is not None and shared.class_weights is not None:
         # Several uses below, of logits too with aux: their gradients must not be rounded before they are added.
         dtype = shared.class_weights.dtype
         examples = examples._replace(probs=examples.probs.astype(dtype))
         if options.return_aux:
             logits = logits.astype(dtype)
-    classes = class_count(examples.where, logits.shape)
-    if classes is not None:
-        classes = sum_over(classes, axes)
+    classes = None if examples.where is None else sum_over(class_count(examples.where, logits.shape), axes)
     if options.implementation == "autodiff":
         # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
         largest = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
@@ -227,9 +228,8 @@ def loss_of_logits(options: Options, examples: Examples, shared: Shared) -> Arra
         bad = ~jnp.all(jnp.isfinite(jnp.max(logits, -1, keepdims=True) - logits), -1)
         bad = sum_over(bad.astype(jnp.int32), axes) > 0
         logits = jnp.where((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits)
-    V = logits.shape[-1]
     indices = None if examples.indices is None else on_this_device(examples.indices, V, axes)
-    rows = of_terms(options, examples._replace(logits=logits, indices=indices), shared)
+    rows = logits, *of_terms(options, examples._replace(indices=indices), shared)
     rows = vary(rows, varying(rows))
     terms_of: Callable[..., Terms] = autodiff.terms
     if options.implementation != "autodiff":
@@ -237,8 +237,8 @@ def loss_of_logits(options: Options, examples: Examples, shared: Shared) -> Arra
     terms = terms_of(options, *rows)
     counts = who_counts(options, examples, shared, terms.log_normalizer, classes)
     unweighted = prediction = None
-    if (without := of_nll(options, *rows)) is not None:
-        unweighted = terms_of(*without).target
+    if (without := of_nll(options, *rows[1:])) is not None:
+        unweighted = terms_of(without[0], rows[0], *without[1:]).target
     if options.return_aux:
         z = logits if examples.where is None else jnp.where(mask_like(examples.where, logits), logits, -jnp.inf)
         argmax = jnp.argmax(z, -1).astype(jnp.int32) + shard_start(V, axes)
@@ -252,36 +252,39 @@ def loss_of_logits(options: Options, examples: Examples, shared: Shared) -> Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def softmax_terms(options: Options, examples: Examples, shared: Shared) -> Terms:
+def softmax_terms(options: Options, logits: Array, examples: Examples, shared: Shared) -> Terms:
     """The terms of each row of logits, for what `jaxce.arguments.of_terms` leaves of the arguments.
 
     With the classes split over devices, all of it is of this device's classes, numbered from 0, and the terms are of
     all of them.
     Differentiable in logits, probabilities and class weights. The residuals are the arguments and per-row numbers.
     """
-    return _terms_and_record(False, options, examples, shared)[0]
+    return _terms_and_record(False, options, logits, examples, shared)[0]
 
 
-def _terms_and_record(keep, options, examples, shared):
-    stats = row_stats(options, rows_of(options, examples.logits, examples, shared), keep)
+def _terms_and_record(
+    keep: bool, options: Options, logits: Array, examples: Examples, shared: Shared
+) -> tuple[Terms, RowStats]:
+    stats = row_stats(options, rows_of(options, logits, examples, shared), keep)
     stats = merge_shards(stats, options.axis_name)
     return written(finish(stats)), stats
 
 
-def _terms_fwd(options, examples, shared):
-    terms, stats = _terms_and_record(not options.axis_name, options, examples, shared)
-    return terms, (examples, shared, *finite(stats))
+_Residuals = tuple[Array, Examples, Shared, RowStats, Array]
 
 
-def _terms_bwd(options: Options, residuals: tuple[Examples, Shared, RowStats, Array], ct: Terms):
-    examples, shared, stats, alive = residuals
-    of_rows = written(factors(options, examples.indices, stats, alive, ct))
-    dlogits, dprobs, dweights = gradient(
-        options, examples.logits, examples, shared, of_rows, again=not options.axis_name
-    )
-    if dprobs is not None:
-        dprobs = dprobs.astype(examples.probs.dtype)
-    return Examples(logits=dlogits, probs=dprobs), Shared(class_weights=dweights)
+def _terms_fwd(options: Options, logits: Array, examples: Examples, shared: Shared) -> tuple[Terms, _Residuals]:
+    terms, stats = _terms_and_record(not options.axis_name, options, logits, examples, shared)
+    return terms, (logits, examples, shared, *finite(stats))
+
+
+def _terms_bwd(options: Options, residuals: _Residuals, ct: Terms) -> tuple[Array, Examples, Shared]:
+    logits, examples, shared, stats, alive = residuals
+    of_rows = written(factors(examples.indices, stats, alive, ct))
+    dlogits, dexamples, dshared = gradient(options, logits, examples, shared, of_rows, again=not options.axis_name)
+    if examples.probs is not None and dexamples.probs is not None:
+        dexamples = dexamples._replace(probs=dexamples.probs.astype(examples.probs.dtype))
+    return dlogits, dexamples, dshared
 
 
 softmax_terms.defvjp(_terms_fwd, _terms_bwd)

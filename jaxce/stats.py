@@ -89,7 +89,7 @@ def weighted(probs: Array, weights: Array) -> Array:
 
 
 @weighted.defjvp
-def _weighted_jvp(primals, tangents):
+def _weighted_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (a, b), (da, db) = (jnp.broadcast_arrays(*x) for x in (primals, tangents))
     zero = jnp.zeros_like(a)
     return a * b, jnp.where(b == 0, zero, b * da) + jnp.where(a == 0, zero, a * db)
@@ -99,15 +99,17 @@ def finish(stats: RowStats) -> Terms:
     """From the record of a complete row to the terms of its loss. A row without a finite maximum gives NaN."""
     log_sum = jnp.log1p(jnp.where(stats.max == -jnp.inf, jnp.nan, stats.rest))
 
-    def surprise(gap: Gap | None) -> Array | None:
-        return None if gap is None else gap.sum + gap.mass * log_sum
+    def surprise(gap: Gap) -> Array:
+        return gap.sum + gap.mass * log_sum
 
     if stats.picked is not None:
         target = (stats.max[..., None] - stats.picked) + log_sum[..., None]
     else:
+        assert stats.target is not None  # targets are either indices or probabilities
         target = surprise(stats.target)
+    smoothing = None if stats.smoothing is None else surprise(stats.smoothing)
     entropy = None if stats.spread is None else log_sum + stats.spread / (1 + stats.rest)
-    return Terms(stats.max + log_sum, target, surprise(stats.smoothing), entropy)
+    return Terms(stats.max + log_sum, target, smoothing, entropy)
 
 
 def finite(stats: RowStats) -> tuple[RowStats, Array]:
@@ -132,15 +134,15 @@ def merge(a: RowStats, b: RowStats) -> RowStats:
     low_max = jnp.minimum(a.max, b.max)
     scale = jnp.where(low_max == -jnp.inf, 0, jnp.exp(low_max - maximum))
     merged = RowStats(maximum, high + (1 + low) * scale)
-    if a.picked is not None:
+    if a.picked is not None and b.picked is not None:
         merged = merged._replace(picked=a.picked + b.picked)
-    if a.target is not None:
+    if a.target is not None and b.target is not None:
         merged = merged._replace(target=_merge_gaps(a.target, a.max, b.target, b.max))
-    if a.smoothing is not None:
+    if a.smoothing is not None and b.smoothing is not None:
         merged = merged._replace(smoothing=_merge_gaps(a.smoothing, a.max, b.smoothing, b.max))
-    if a.spread is not None:
-        merged = merged._replace(spread=_rescaled_spread(a, maximum) + _rescaled_spread(b, maximum))
-    if a.argmax is not None:
+    if a.spread is not None and b.spread is not None:
+        merged = merged._replace(spread=_rescaled_spread(a.spread, a, maximum) + _rescaled_spread(b.spread, b, maximum))
+    if a.argmax is not None and b.argmax is not None:
         merged = merged._replace(argmax=jnp.where(swap, b.argmax, a.argmax))
     return merged
 
@@ -162,8 +164,9 @@ def merge_shards(stats: RowStats, axes: AxisNames) -> RowStats:
         picked=stats.picked,
         target=None if stats.target is None else _moved(stats.target, stats.max, maximum),
         smoothing=None if stats.smoothing is None else _moved(stats.smoothing, stats.max, maximum),
-        spread=None if stats.spread is None else _rescaled_spread(stats, maximum),
+        spread=None if stats.spread is None else _rescaled_spread(stats.spread, stats, maximum),
     )
+    sums: RowStats
     sums, low = lax.psum((parts, low), axes)
     argmax = None if stats.argmax is None else merge_argmax(stats.max, stats.argmax, axes)
     return sums._replace(max=maximum, rest=sums.rest + without_largest(low, sums.max), argmax=argmax)
@@ -205,9 +208,9 @@ def _moved(gap: Gap, old: Array, new: Array) -> Gap:
     return gap._replace(sum=gap.sum + times(gap.mass, shift(new) - shift(old)))
 
 
-def _rescaled_spread(stats: RowStats, maximum: Array) -> Array:
+def _rescaled_spread(spread: Array, stats: RowStats, maximum: Array) -> Array:
     down = maximum - stats.max
-    moved = jnp.exp(-down) * (stats.spread + times(1 + stats.rest, down))
+    moved = jnp.exp(-down) * (spread + times(1 + stats.rest, down))
     return jnp.where(stats.max == -jnp.inf, 0, moved)
 
 

@@ -89,10 +89,7 @@ def row_stats(options: Options, rows: Rows, keep: bool = False) -> RowStats:
     if weights is not None:
         weights = weights.reshape((1,) * (rows.logits.ndim - 1) + weights.shape)
     stats = _sums(options, keep, rows._replace(indices=label, smoothing_weights=weights))
-    if stats.smoothing is not None and stats.smoothing.mass is None:
-        every = jnp.full_like(stats.rest, rows.logits.shape[-1])
-        stats = stats._replace(smoothing=stats.smoothing._replace(mass=every))
-    if label is not None:
+    if stats.picked is not None:
         return stats._replace(picked=stats.picked[..., None])
     if rows.indices is None:
         return stats
@@ -132,7 +129,7 @@ def exponentials(logits: Array, maximum: Array) -> Array:
 
 
 @exponentials.defjvp
-def _exponentials_jvp(primals, tangents):
+def _exponentials_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     e = exponentials(*primals)
     return e, jnp.where(jnp.isfinite(e), e, 0) * tangents[0].astype(e.dtype)
 
@@ -166,7 +163,9 @@ def exponentials_for_gradient(options: Options, again: bool, rows: Rows, maximum
 
 
 @exponentials_for_gradient.defjvp
-def _exponentials_for_gradient_jvp(options, again, primals, tangents):
+def _exponentials_for_gradient_jvp(
+    options: Options, again: bool, primals: tuple[Rows, Array], tangents: tuple[Rows, Array]
+) -> tuple[Array, Array]:
     rows, maximum = primals
     e = exponentials_for_gradient(options, again, rows, maximum)
     dz = jax.jvp(lambda x: effective(options, x, rows.where), (rows.logits,), (tangents[0].logits,))[1]
@@ -175,28 +174,29 @@ def _exponentials_for_gradient_jvp(options, again, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sums(options: Options, keep: bool, rows: Rows) -> RowStats:
-    """The record, with `picked` the logit that is left out, and without the mass of uniform smoothing."""
+    """The record, with `picked` the logit that is left out,"""
     if explicitly_sharded(rows.logits):
         return _fused(options, rows)
     like = rows.logits[..., 0].astype(working_dtype(rows.logits.dtype))
-    uniform = rows.smoothing_weights is None and rows.where is None
     likes = RowStats(
         max=like,
         rest=like,
         picked=None if rows.indices is None else like,
         target=None if rows.probs is None else Gap(like, like),
-        smoothing=Gap(like, None if uniform else like) if options.label_smoothing else None,
+        smoothing=Gap(like, like) if options.label_smoothing else None,
         spread=like if options.return_aux else None,
     )
 
     def elsewhere(likes: RowStats, rows: Rows) -> RowStats:
-        return jax.tree.map(lambda like, x: jnp.broadcast_to(x, like.shape), likes, _fused(options, rows))
+        stats: RowStats = jax.tree.map(lambda like, x: jnp.broadcast_to(x, like.shape), likes, _fused(options, rows))
+        return stats
 
-    return on_one_cpu(functools.partial(_on_cpu, options, keep), elsewhere, likes, rows)
+    stats: RowStats = on_one_cpu(functools.partial(_on_cpu, options, keep), elsewhere, likes, rows)
+    return stats
 
 
 @_sums.defjvp
-def _sums_jvp(options, keep, primals, tangents):
+def _sums_jvp(options: Options, keep: bool, primals: tuple[Rows], tangents: tuple[Rows]) -> tuple[RowStats, RowStats]:
     stats = _sums(options, keep, *primals)
 
     def plainly(rows: Rows) -> RowStats:
@@ -222,7 +222,7 @@ def _record(
     if rows.probs is not None:
         target = gap(rows.probs)
     if options.label_smoothing and rows.smoothing_weights is None and rows.where is None:
-        smoothing = Gap(add(below(), -1), None)
+        smoothing = Gap(add(below(), -1), jnp.full_like(maximum, z.shape[-1]))
     elif options.label_smoothing:
         smoothing = gap(smoothing_distribution(z, maximum.dtype, rows.smoothing_weights, rows.where))
     if options.return_aux:
@@ -270,7 +270,7 @@ def _on_cpu(options: Options, keep: bool, likes: RowStats, rows: Rows) -> RowSta
     def step(i: Array, state: tuple[RowStats, Rows]) -> tuple[RowStats, Rows]:
         stats, rows = state
         start = jnp.minimum(i * size, N - size)  # the last rows may be worked on twice
-        part = Rows(*(x if x is None or len(x) == 1 else _slice_of(x, start, size) for x in rows))
+        part: Rows = jax.tree.map(lambda x: x if len(x) == 1 else _slice_of(x, start, size), rows)
         new = _of_chunk(options, part)
         stats = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), stats, new)
         return stats, lax.optimization_barrier(rows)  # so that nothing is done to all of them before the loop
@@ -281,7 +281,8 @@ def _on_cpu(options: Options, keep: bool, likes: RowStats, rows: Rows) -> RowSta
         chunks = -(-N // max(_CHUNK // V, 1))
         size = -(-N // chunks)
         stats, _ = lax.fori_loop(0, chunks, step, (jax.tree.map(lambda x: x.reshape(N), likes), rows))
-    return jax.tree.map(lambda x: x.reshape(like.shape), stats)
+    shaped: RowStats = jax.tree.map(lambda x: x.reshape(like.shape), stats)
+    return shaped
 
 
 def _slice_of(x: Array, start: Array, size: int) -> Array:
@@ -298,12 +299,14 @@ def _slice_of(x: Array, start: Array, size: int) -> Array:
 def _flat(rows: Rows, batch: tuple[int, ...]) -> Rows:
     """The same with one leading axis. What is the same for all rows keeps a single row, but for the first two."""
 
-    def flat(x: Array | None, shared: bool) -> Array | None:
-        if x is None or (shared and all(n == 1 for n in x.shape[:-1])):
-            return None if x is None else x.reshape(1, x.shape[-1])
+    def own(x: Array) -> Array:
         return jnp.broadcast_to(x, (*batch, x.shape[-1])).reshape(math.prod(batch), x.shape[-1])
 
-    return Rows(*(flat(x, shared=i > 1) for i, x in enumerate(rows)))
+    def shared(x: Array) -> Array:
+        return x.reshape(1, x.shape[-1]) if all(n == 1 for n in x.shape[:-1]) else own(x)
+
+    flat: Rows = jax.tree.map(shared, rows)
+    return flat._replace(logits=own(rows.logits), indices=None if rows.indices is None else own(rows.indices))
 
 
 def _of_chunk(options: Options, rows: Rows) -> RowStats:

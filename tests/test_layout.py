@@ -163,10 +163,10 @@ def test_classes_last(axes, with_indices):
     shape = (2, 3, 4, 5)
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     indices = jnp.zeros((7, 1), jnp.int32) if with_indices else None  # these have no class axis: they stay
-    examples = Examples(jnp.asarray(x), indices=indices, probs=jnp.asarray(-x), where=jnp.asarray(x % 3 == 0))
-    moved = layout.classes_last(examples, axes)
+    examples = Examples(indices=indices, probs=jnp.asarray(-x), where=jnp.asarray(x % 3 == 0))
+    logits, moved = layout.classes_last(jnp.asarray(x), examples, axes)
     wanted = numpy_classes_last(x, axes)
-    np.testing.assert_array_equal(moved.logits, wanted)
+    np.testing.assert_array_equal(logits, wanted)
     np.testing.assert_array_equal(moved.where, wanted % 3 == 0)
     assert moved.indices is indices
     np.testing.assert_array_equal(moved.probs, -x if with_indices else -wanted)
@@ -177,7 +177,7 @@ def test_classes_last(axes, with_indices):
 def test_masks_still_broadcast_to_the_logits(axes, mask_shape, rng):
     shape = (2, 3, 4, 5)
     mask = rng.random(mask_shape) < 0.6
-    moved = layout.classes_last(Examples(jnp.zeros(shape), where=jnp.asarray(mask)), axes).where
+    moved = layout.classes_last(jnp.zeros(shape), Examples(where=jnp.asarray(mask)), axes)[1].where
     wanted = numpy_classes_last(np.broadcast_to(mask, shape), axes)
     assert moved.ndim == wanted.ndim
     np.testing.assert_array_equal(jnp.broadcast_to(moved, wanted.shape), wanted)
@@ -186,9 +186,8 @@ def test_masks_still_broadcast_to_the_logits(axes, mask_shape, rng):
     np.testing.assert_array_equal(count, wanted.sum(-1))
 
 
-def test_without_a_mask_nothing_is_counted():
-    assert layout.class_count(None, (2, 3)) is None
-    assert layout.classes_last(Examples(jnp.zeros((2, 3))), (1,)).where is None
+def test_without_a_mask_there_is_none():
+    assert layout.classes_last(jnp.zeros((2, 3)), Examples(), (1,))[1].where is None
 
 
 @pytest.mark.parametrize("axes", [(0,), (2, 3), (3, 0, 1), (2, 0, 3, 1)])

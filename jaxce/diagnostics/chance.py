@@ -18,8 +18,8 @@ def _real(name: str, x: Any) -> Array:
     """A number or an array of numbers, in the working dtype."""
     if not checks.is_real(x):
         checks.fail(TypeError, name, "a real number or an array of them", checks.describe(x))
-    x = jnp.asarray(x)
-    return x.astype(working_dtype(x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32))
+    array = jnp.asarray(x)
+    return array.astype(working_dtype(array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else jnp.float32))
 
 
 def chance_loss(num_classes: int | None = None, *, priors: Any = None) -> Array:
@@ -153,9 +153,9 @@ def skill(loss: Any, num_classes: int | None = None, *, priors: Any = None, chan
     if sum(x is not None for x in (num_classes, priors, chance)) != 1:
         checks.fail(TypeError, "num_classes, priors, chance", "one of the three", "none or several")
     guess = _real("chance", chance) if chance is not None else chance_loss(num_classes, priors=priors)
-    loss = _real("loss", loss)
-    dtype = jnp.promote_types(loss.dtype, guess.dtype)
-    return 1 - loss.astype(dtype) / guess.astype(dtype)
+    nats = _real("loss", loss)
+    dtype = jnp.promote_types(nats.dtype, guess.dtype)
+    return 1 - nats.astype(dtype) / guess.astype(dtype)
 
 
 def accuracy_bound(loss: Any) -> Array:

@@ -57,7 +57,8 @@ class Calibration:
 
     def merge(self, other: Calibration) -> Calibration:
         """The bins of both sets of examples together."""
-        return jax.tree.map(jnp.add, self, other)
+        both: Calibration = jax.tree.map(jnp.add, self, other)
+        return both
 
 
 def bin_edges(num_bins: int, dtype: Any) -> Array:
@@ -110,7 +111,8 @@ def calibration(
     """
     if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
         checks.fail(ValueError, "num_bins", "a Python int >= 1", repr(num_bins))
-    return _calibration(*checked(logits, targets, weights, ignore_index), num_bins)
+    found: Calibration = _calibration(*checked(logits, targets, weights, ignore_index), num_bins)
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -146,7 +148,8 @@ def brier(logits: Any, targets: Any, *, weights: Any = None, ignore_index: int |
     Note:
       Brier, "Verification of forecasts expressed in terms of probability", 1950, equation 2.
     """
-    return _brier(*checked(logits, targets, weights, ignore_index))
+    score: Array = _brier(*checked(logits, targets, weights, ignore_index))
+    return score
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -113,7 +113,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON has it; numbers that are not finite become "nan", "inf", "-inf", which float() reads."""
-        return _plain(dataclasses.asdict(self) | {"findings": self.findings})
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self) | {"findings": self.findings})
+        return plain
 
     def plot(self) -> Any:
         """A matplotlib figure: the reliability diagram, the histogram of losses, the loss of each class."""

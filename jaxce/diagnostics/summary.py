@@ -38,7 +38,8 @@ class Costliest:
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self, other)
         # Not NaN itself, which top_k orders differently from one version of JAX to the next.
         _, best = jax.lax.top_k(jnp.where(jnp.isnan(both.cost), jnp.inf, both.cost), self.cost.shape[0])
-        return jax.tree.map(lambda x: x[best], both)
+        costliest: Costliest = jax.tree.map(lambda x: x[best], both)
+        return costliest
 
 
 @functools.partial(
@@ -147,7 +148,8 @@ def summarize(
         if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < least:
             checks.fail(ValueError, name, f"Python ints >= {least}", repr(x))
     top_k = tuple(sorted({int(k) for k in top_k}))
-    return _summarize(logits, labels, weights, ignore_index, top_k, int(num_bins), int(num_costliest))
+    record: Summary = _summarize(logits, labels, weights, ignore_index, top_k, int(num_bins), int(num_costliest))
+    return record
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -249,10 +251,16 @@ def merge(a: Summary, b: Summary) -> Summary:
     if shapes[0] != shapes[1]:
         hint = "Summarize every batch with the same number of classes, top_k, num_bins and num_costliest."
         checks.fail(ValueError, "b", "a Summary shaped as a", f"{shapes[1]} beside {shapes[0]}", hint)
-    return _merge(a, b)
+    both: Summary = _merge(a, b)
+    return both
 
 
 @jax.jit
 def _merge(a: Summary, b: Summary) -> Summary:
-    sums = jax.tree.map(jnp.add, *(dataclasses.replace(s, costliest=None) for s in (a, b)))
-    return dataclasses.replace(sums, costliest=a.costliest.merge(b.costliest, a.seen))
+    both: Summary = jax.tree.map(
+        lambda x, y: x.merge(y, a.seen) if isinstance(x, Costliest) else jnp.add(x, y),
+        a,
+        b,
+        is_leaf=lambda x: isinstance(x, Costliest),
+    )
+    return both

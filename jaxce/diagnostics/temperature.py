@@ -13,6 +13,7 @@ from jaxce import checks
 from jaxce.diagnostics.outcomes import checked, flat
 from jaxce.softmax import softmax_cross_entropy
 
+_State = tuple[Array | int, Array, Array, Array, Array]  # step, bracket, where it is, and where it was before
 _MAX_STEPS = 60  # bisection alone gets from [1e-3, 1e3] to float64's last digit in fewer
 
 
@@ -63,7 +64,8 @@ def fit_temperature(
         checks.scalar(name, x, 0, float("inf"))
     if not 0 < bounds[0] < bounds[1]:
         checks.fail(ValueError, "bounds", "0 < lower < upper", repr(bounds))
-    return _fit(*checked(logits, targets, weights, ignore_index), float(bounds[0]), float(bounds[1]))
+    best: Array = _fit(*checked(logits, targets, weights, ignore_index), float(bounds[0]), float(bounds[1]))
+    return best
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))
@@ -86,11 +88,11 @@ def _fit(logits: Array, labels: Array, weights: Array, ignore_index: int | None,
     slope = jax.grad(loss)
     smallest, largest = jnp.asarray(1 / high, dtype), jnp.asarray(1 / low, dtype)
 
-    def wants_more(state):
+    def wants_more(state: _State) -> Array:
         step, least, most, at, before = state
         return (step < _MAX_STEPS) & (at != before) & (least < most)
 
-    def improve(state):
+    def improve(state: _State) -> _State:
         step, least, most, at, _ = state
         rise, curvature = jax.jvp(slope, (at,), (jnp.ones_like(at),))
         least, most = jnp.where(rise < 0, at, least), jnp.where(rise > 0, at, most)
@@ -100,7 +102,8 @@ def _fit(logits: Array, labels: Array, weights: Array, ignore_index: int | None,
         return step + 1, least, most, jnp.where(rise == 0, at, after), at
 
     start = jnp.clip(jnp.asarray(1, dtype), smallest, largest)
-    found = lax.while_loop(wants_more, improve, (0, smallest, largest, start, start + 1))[3]
+    state: _State = (0, smallest, largest, start, start + 1)
+    found = lax.while_loop(wants_more, improve, state)[3]
     first, last = slope(smallest), slope(largest)
     separable = (first < 0) & (last <= 0)  # the slope of a perfect model underflows to 0 long before the bound
     found = jnp.where(first > 0, smallest, jnp.where(separable, largest, found))

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxce import checks
-from jaxce.arguments import Examples, Options, Shared, checked
+from jaxce.arguments import Examples, Options, Projection, Shared, checked
 from jaxce.compose import Counts, CrossEntropyAux, who_counts
 from jaxce.linear import blocks, chips, mesh, recompute, store
 from jaxce.linear import plan as plans
@@ -149,8 +149,11 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
                 checks.fail(ValueError, name, "None on a mesh with Explicit axes", repr(arguments[name]), hint)
         _checked(**arguments | {"memory_budget": None, "plan": None})  # these are for each device
         return mesh.over_mesh(linear_cross_entropy, explicit, arguments)
-    examples, shared, options, schedules, _ = _checked(**arguments)
-    return _loss(examples, shared, options=options, schedules=schedules)
+    projection, examples, shared, options, schedules, _ = _checked(**arguments)
+    result: Array | tuple[Array, CrossEntropyAux] = _loss(
+        projection, examples, shared, options=options, schedules=schedules
+    )
+    return result
 
 
 def plan_linear_cross_entropy(
@@ -226,7 +229,7 @@ def _checked(
     plan: LinearPlan | None = None,
     precision: Any = None,
     **options: Any,
-) -> tuple[Examples, Shared, Options, blocks.Schedules, Problem]:
+) -> tuple[Projection, Examples, Shared, Options, blocks.Schedules, Problem]:
     hidden = checks.float_array("hidden", hidden)
     kernel = checks.float_array("kernel", kernel)
     *batch, D = hidden.shape
@@ -251,10 +254,9 @@ def _checked(
     if not isinstance(D * V, int):
         hint = "Only the batch may be symbolic."
         checks.fail(ValueError, "kernel", "a shape of numbers", checks.describe(kernel), hint)
-    if examples.indices is None and shared.class_weights is not None:
+    if examples.indices is None and examples.probs is not None and shared.class_weights is not None:
         # Used more than once: their gradients are added before they are rounded.
         examples = examples._replace(probs=examples.probs.astype(shared.class_weights.dtype))
-    examples, shared = examples._replace(hidden=hidden), shared._replace(kernel=kernel, bias=bias)
     problem = Problem(
         N,
         D,
@@ -268,7 +270,7 @@ def _checked(
         mask_per_token=examples.where is not None and any(n != 1 for n in examples.where.shape[:-1]),
     )
     schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget, plan)
-    return examples, shared, constants, schedules, problem
+    return Projection(hidden, kernel, bias), examples, shared, constants, schedules, problem
 
 
 def _check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
@@ -305,35 +307,34 @@ def _check_plan(plan: Any, shape: tuple[Any, ...], mode: str | None, memory_budg
 
 @functools.partial(jax.jit, static_argnames=("options", "schedules"))
 def _loss(
-    examples: Examples, shared: Shared, *, options: Options, schedules: blocks.Schedules
+    projection: Projection, examples: Examples, shared: Shared, *, options: Options, schedules: blocks.Schedules
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    *batch, _ = examples.hidden.shape
-    shape = (*batch, shared.kernel.shape[schedules[0].vocab_axis])
+    hidden, kernel, _ = projection
+    *batch, _ = hidden.shape
+    shape = (*batch, kernel.shape[schedules[0].vocab_axis])
     classes = blocks.participating(examples.where, shape, schedules[0].forward_v, options.axis_name)
-    like = jnp.sum(examples.hidden, -1).astype(working_dtype(matmul_dtype(examples.hidden.dtype, shared.kernel.dtype)))
+    like = jnp.sum(hidden, -1).astype(working_dtype(matmul_dtype(hidden.dtype, kernel.dtype)))
     counts = who_counts(options, examples, shared, like, classes)
-    examples = examples._replace(hidden=_without_unused(options, examples, shared, counts))
-    examples, shared = mesh.vary_by_kind(options, examples, shared)
-    counts = vary(counts, mesh.row_axes(options, examples, shared))
+    projection = projection._replace(hidden=_without_unused(options, hidden, examples, shared, counts))
+    projection, examples, shared = mesh.vary_by_kind(options, projection, examples, shared)
+    counts = vary(counts, mesh.row_axes(options, projection, examples, shared))
     if options.implementation == "autodiff":
         # Of wide factors, whatever the platform: its derivatives are made of products that a schedule does not see.
         wide = blocks.Schedule(schedules[0].vocab_axis, schedules[0].precision, widens=True)
-        z = blocks.logits(examples.hidden, shared.kernel, shared.bias, wide)
-        examples, shared = examples._replace(logits=z, hidden=None), shared._replace(kernel=None, bias=None)
-        return loss_of_logits(options, examples, shared)
+        return loss_of_logits(options, blocks.logits(*projection, wide), examples, shared)
     if not any(schedule.block_n for schedule in schedules):
-        return recompute.loss(schedules, options, examples, shared, counts)[0]
-    flat, flat_counts = _flat(examples, counts)
-    result = store.loss(schedules, options, flat, shared, flat_counts)
-    if not options.return_aux:
+        return recompute.loss(schedules, options, projection, examples, shared, counts)[0]
+    counts = jax.tree.map(lambda x: x.reshape(math.prod(batch)), counts)
+    result = store.loss(schedules, options, *_flat(batch, projection, examples), shared, counts)
+    if not isinstance(result, tuple):
         return result
     loss, aux = result
     return loss, jax.tree.map(lambda x: x.reshape(batch), aux)
 
 
-def _without_unused(options: Options, examples: Examples, shared: Shared, counts: Counts) -> Array:
+def _without_unused(options: Options, hidden: Array, examples: Examples, shared: Shared, counts: Counts) -> Array:
     """The hidden states, but 0 for what is not finite in unused tokens: in a matmul 0·NaN would reach everything."""
-    hidden, unused = examples.hidden, counts.unused
+    unused = counts.unused
     given = options.ignore_index, examples.weights, examples.where, shared.class_weights
     if all(x is None for x in given):
         return hidden
@@ -342,21 +343,19 @@ def _without_unused(options: Options, examples: Examples, shared: Shared, counts
     return jnp.where(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros_like(hidden), hidden)
 
 
-def _flat(examples: Examples, counts: Counts) -> tuple[Examples, Counts]:
+def _flat(batch: list[int], projection: Projection, examples: Examples) -> tuple[Projection, Examples]:
     """One axis of N tokens in place of the batch axes."""
-    *batch, _ = examples.hidden.shape
     n = math.prod(batch)
 
-    def flat(x: Array | None) -> Array | None:
-        return None if x is None else x.reshape(n, x.shape[-1])
+    def row(x: Array) -> Array:
+        return jnp.broadcast_to(x, batch).reshape(n)
 
-    weights, where = examples.weights, examples.where
-    if weights is not None:
-        weights = jnp.broadcast_to(weights, batch).reshape(n)
-    if where is not None:
-        if any(n != 1 for n in where.shape[:-1]):
-            where = jnp.broadcast_to(where, (*batch, where.shape[-1]))
-        where = where.reshape(-1, where.shape[-1])
-    hidden, indices, probs = (flat(x) for x in (examples.hidden, examples.indices, examples.probs))
-    examples = Examples(hidden=hidden, indices=indices, probs=probs, weights=weights, where=where)
-    return examples, jax.tree.map(lambda x: x.reshape(n), counts)
+    def entries(x: Array) -> Array:
+        return x.reshape(n, x.shape[-1])
+
+    def classes(x: Array) -> Array:
+        if all(k == 1 for k in x.shape[:-1]):  # a mask that is the same for all
+            return x.reshape(1, x.shape[-1])
+        return entries(jnp.broadcast_to(x, (*batch, x.shape[-1])))
+
+    return projection._replace(hidden=entries(projection.hidden)), examples.by_kind(row, entries, classes)

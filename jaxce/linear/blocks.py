@@ -70,7 +70,8 @@ def put(whole: Array, part: Array, start: Any, axis: int) -> Array:
 
 def row_major(x: Array) -> Array:
     """`x`, on TPU laid out in memory with its last axis innermost."""
-    return _row_major_p.bind(x)
+    laid_out: Array = _row_major_p.bind(x)
+    return laid_out
 
 
 def _laid_out(ctx: mlir.LoweringRuleContext, *operands: Any) -> Any:
@@ -107,7 +108,9 @@ def _widened_and_narrowed(x: Array) -> Array:
 
 
 @_widened_and_narrowed.defjvp
-def _widened_and_narrowed_jvp(primals, tangents):  # integers would have no derivative
+def _widened_and_narrowed_jvp(  # integers would have no derivative
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
     return _widened_and_narrowed(*primals), tangents[0]
 
 

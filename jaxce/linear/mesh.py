@@ -6,6 +6,7 @@ Arrays that carry their sharding in their type (a mesh with Explicit axes) have 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,32 +17,32 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxce import checks
-from jaxce.arguments import Examples, Options, Shared
+from jaxce.arguments import Examples, Options, Projection, Shared
 from jaxce.compose import CrossEntropyAux
 from jaxce.sharding import place, spec_of, vary, varying
 from jaxce.targets import SparseTargets, class_indices
 
 
-def row_axes(options: Options, examples: Examples, shared: Shared) -> frozenset[str]:
+def row_axes(options: Options, projection: Projection, examples: Examples, shared: Shared) -> frozenset[str]:
     """The mesh axes along which the numbers of a row differ, once they are merged over those of the classes."""
-    every = varying(examples, shared) - set(options.axis_name)
+    every = varying(projection, examples, shared) - set(options.axis_name)
     probs = examples.probs if examples.indices is not None else None
     return every | varying(examples.indices, probs, examples.weights, shared.label_smoothing, shared.z_loss)
 
 
-def vary_by_kind(options: Options, examples: Examples, shared: Shared) -> tuple[Examples, Shared]:
+def vary_by_kind(
+    options: Options, projection: Projection, examples: Examples, shared: Shared
+) -> tuple[Projection, Examples, Shared]:
     """What has a class axis differs along every mesh axis in play, and the rest along those of the rows."""
-    rows = row_axes(options, examples, shared)
+    rows = row_axes(options, projection, examples, shared)
     classes = rows | set(options.axis_name)
+    of_rows, of_classes = (functools.partial(vary, axes=axes) for axes in (rows, classes))
+    hidden, kernel, bias = projection
+    class_weights, *numbers = shared
     return (
-        Examples(
-            hidden=vary(examples.hidden, rows),
-            indices=vary(examples.indices, rows),
-            probs=vary(examples.probs, classes if examples.indices is None else rows),
-            weights=vary(examples.weights, rows),
-            where=vary(examples.where, classes),
-        ),
-        Shared(*vary(shared[:3], classes), *vary(shared[3:], rows)),
+        Projection(of_rows(hidden), of_classes(kernel), of_classes(bias)),
+        examples.by_kind(row=of_rows, entries=of_rows, classes=of_classes),
+        Shared(of_classes(class_weights), *of_rows(numbers)),
     )
 
 
@@ -85,8 +86,8 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
         return placed(labels("targets", x), tokens) if checks.is_integers(x) else placed(x, (*tokens, classes))
 
     def labels(name: str, x: Any) -> Array:
-        x, arguments["ignore_index"] = class_indices(name, x, arguments["ignore_index"])
-        return x
+        indices, arguments["ignore_index"] = class_indices(name, x, arguments["ignore_index"])
+        return indices
 
     arrays = {"hidden": hidden, "kernel": kernel, "targets": placed_targets(arguments["targets"])}
     for name, spec in {
@@ -106,7 +107,7 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
     out_specs: Any = P(*tokens) if arguments["reduction"] == "none" else P()
     if arguments["return_aux"]:
         out_specs = (out_specs, P(*tokens))
-    mapped = jax.shard_map(
+    mapped: Callable[..., Array | tuple[Array, CrossEntropyAux]] = jax.shard_map(
         lambda arrays: loss(**arrays, **constants),
         mesh=mesh,
         axis_names=explicit,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce.arguments import Examples, Options, Shared, of_nll, of_terms
+from jaxce.arguments import Examples, Options, Projection, Shared, of_nll, of_terms
 from jaxce.compose import Counts, CrossEntropyAux, compose, mean_divisor
 from jaxce.linear import costs, recompute, vocabulary
 from jaxce.linear.blocks import Schedule, Schedules, by_platform, over_blocks, put, take
@@ -32,104 +32,130 @@ from jaxce.sharding import shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finish, finite, matmul_dtype, times, working_dtype
 
 Sum = tuple[Array, CrossEntropyAux | None]
+Arguments = tuple[Projection, Examples, Shared]  # or gradients in them
 
 
 def loss(
-    schedules: Schedules, options: Options, examples: Examples, shared: Shared, counts: Counts
+    schedules: Schedules,
+    options: Options,
+    projection: Projection,
+    examples: Examples,
+    shared: Shared,
+    counts: Counts,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     """The loss of hidden states `[N, D]`, one number: on platforms that store, gradients are computed along with it.
 
     The divisor of a mean comes first, so that gradients are divided by it before they are rounded.
     """
-    examples, shared = reverse_mode_only((examples, shared))
-    rows = row_axes(options, examples, shared)
-    dtype = working_dtype(matmul_dtype(examples.hidden.dtype, shared.kernel.dtype))
+    arguments = reverse_mode_only((projection, examples, shared))
+    rows = row_axes(options, *arguments)
+    dtype = working_dtype(matmul_dtype(projection.hidden.dtype, projection.kernel.dtype))
     divisor, nothing = jnp.ones((), dtype), jnp.zeros((), jnp.bool_)
     if options.reduction != "sum":
         divisor, nothing = mean_divisor(options, counts)
     sums = dataclasses.replace(options, reduction="sum", batch_axis_name=())
-    divisor = vary(divisor, rows)
-    loss, aux = _summed_loss(schedules, sums, examples, shared, counts._replace(weight=None), divisor)
-    loss = jnp.where(nothing, 0, sum_over(loss, options.batch_axis_name))
-    return loss if aux is None else (loss, dataclasses.replace(aux, weight=counts.weight))
+    total, aux = _summed_loss(schedules, sums, *arguments, counts, vary(divisor, rows))
+    total = jnp.where(nothing, 0, sum_over(total, options.batch_axis_name))
+    return total if aux is None else (total, dataclasses.replace(aux, weight=counts.weight))
 
 
 def _recomputed_sum(
     schedules: Schedules,
     options: Options,
-    examples: Examples,
-    shared: Shared,
+    arguments: Arguments,
     counts: Counts,
     divisor: Array,
     known: recompute.Records = (None, None),
 ) -> tuple[Sum, recompute.Records]:
-    result, records = recompute.loss(schedules, options, examples, shared, counts, known)
+    result, records = recompute.loss(schedules, options, *arguments, counts, known)
     total, aux = result if isinstance(result, tuple) else (result, None)
     return (total / divisor, aux), records
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _summed_loss(
-    schedules: Schedules, options: Options, examples: Examples, shared: Shared, counts: Counts, divisor: Array
+    schedules: Schedules,
+    options: Options,
+    projection: Projection,
+    examples: Examples,
+    shared: Shared,
+    counts: Counts,
+    divisor: Array,
 ) -> Sum:
     """Where no gradient is wanted, none is computed: then this is the forward pass of the other mode."""
-    return _recomputed_sum(schedules, options, examples, shared, counts, divisor)[0]
+    return _recomputed_sum(schedules, options, (projection, examples, shared), counts, divisor)[0]
 
 
-def _summed_fwd(schedules, options, examples, shared, counts, divisor):
+def _summed_fwd(
+    schedules: Schedules, options: Options, projection: Any, examples: Any, shared: Any, counts: Any, divisor: Any
+) -> tuple[Sum, tuple[Any, ...]]:
     # A token of weight 0 has no part in any gradient but that of its weight, which is its loss.
     unweighted = examples.weights is None or not examples.weights.perturbed
-    given = jax.tree.map(lambda x: x.value, (examples, shared, counts, divisor))
-    examples, shared, counts, divisor = given
-    rows = row_axes(options, examples, shared)
+    given = jax.tree.map(lambda x: x.value, ((projection, examples, shared), counts, divisor))
+    arguments, counts, divisor = given
+    rows = row_axes(options, *arguments)
 
     # What a platform does not keep is zeros there, which no program computes: the results must be of one type.
-    def stored(schedule, examples, shared, counts, divisor):
+    def stored(schedule: Schedule, arguments: Arguments, counts: Counts, divisor: Array) -> tuple[Any, ...]:
+        projection, examples, shared = arguments
         inputs = of_terms(options, examples, shared)
         without = of_nll(options, *inputs)
-        records = vocabulary.no_classes(options, *inputs), without and vocabulary.no_classes(*without)
+        records: recompute.Records = vocabulary.no_classes(options, projection, inputs[0]), None
+        if without is not None:
+            records = records[0], vocabulary.no_classes(without[0], projection, without[1])
         records = vary(jax.tree.map(jnp.zeros_like, records), rows)
-        return *_forward(schedule, options, examples, shared, counts, divisor, unweighted), records
+        return *_forward(schedule, options, arguments, counts, divisor, unweighted), records
 
-    def recomputed(schedule, examples, shared, counts, divisor):
-        (loss, aux), records = _recomputed_sum((schedule,) * 3, options, examples, shared, counts, divisor)
-        grads = jax.tree.map(lambda x: jnp.zeros_like(x, divisor.dtype), _floats(examples, shared))
+    def recomputed(schedule: Schedule, arguments: Arguments, counts: Counts, divisor: Array) -> tuple[Any, ...]:
+        (loss, aux), records = _recomputed_sum((schedule,) * 3, options, arguments, counts, divisor)
+        grads = jax.tree.map(lambda x: jnp.zeros_like(x, divisor.dtype), _floats(arguments))
         return loss, aux, grads, records
 
-    def either(schedule, *args):
+    def either(schedule: Schedule, *args: Any) -> tuple[Any, ...]:
         return (stored if schedule.block_n else recomputed)(schedule, *args)
 
     loss, aux, grads, records = by_platform(schedules, either, *given)
-    return (loss, aux), (examples, shared, counts, divisor, loss, grads, records)
+    return (loss, aux), (arguments, counts, divisor, loss, grads, records)
 
 
-def _summed_bwd(schedules, options, residuals, cts):
-    examples, shared, *residuals = residuals
+def _summed_bwd(schedules: Schedules, options: Options, residuals: tuple[Any, ...], cts: Any) -> tuple[Any, ...]:
+    arguments, *residuals_of_rows = residuals
     of_aux = any(_used(x) for x in jax.tree.leaves(cts[1], is_leaf=_is_symbolic))
     cts = jax.tree.map(_materialised, cts, is_leaf=_is_symbolic)
 
-    def backward(schedule, floats, fixed, counts, divisor, loss, grads, records, cts):
+    def backward(
+        schedule: Schedule,
+        floats: Arguments,
+        fixed: dict[str, Array | None],
+        counts: Counts,
+        divisor: Array,
+        loss: Array,
+        grads: Arguments,
+        records: recompute.Records,
+        cts: Sum,
+    ) -> tuple[Arguments, Array]:
         if schedule.block_n and not of_aux:
             dfloats = jax.tree.map(lambda x, g: times(cts[0], g.astype(cts[0].dtype)).astype(x.dtype), floats, grads)
             return dfloats, -cts[0] * loss / divisor
 
         # What the aux record adds is known only now, so it takes the matmuls of the other mode.
-        def again(floats, divisor):
-            examples, shared = floats
-            examples = examples._replace(**fixed)
-            known = (None, None) if schedule.block_n else records
-            return _recomputed_sum((schedule,) * 3, options, examples, shared, counts, divisor, known)[0]
+        def again(floats: Arguments, divisor: Array) -> Sum:
+            projection, examples, shared = floats
+            arguments = projection, examples._replace(**fixed), shared
+            known: recompute.Records = (None, None) if schedule.block_n else records
+            return _recomputed_sum((schedule,) * 3, options, arguments, counts, divisor, known)[0]
 
-        return jax.vjp(again, floats, divisor)[1](cts)
+        of_arguments: tuple[Arguments, Array] = jax.vjp(again, floats, divisor)[1](cts)
+        return of_arguments
 
-    fixed = {"indices": examples.indices, "where": examples.where}
-    floats = _floats(examples, shared)
-    (dexamples, dshared), ddivisor = by_platform(schedules, backward, floats, fixed, *residuals, cts)
-    return dexamples, dshared, None, ddivisor
+    fixed = {"indices": arguments[1].indices, "where": arguments[1].where}
+    dfloats, ddivisor = by_platform(schedules, backward, _floats(arguments), fixed, *residuals_of_rows, cts)
+    return *dfloats, None, ddivisor
 
 
-def _floats(examples: Examples, shared: Shared) -> tuple[Examples, Shared]:
-    return examples._replace(indices=None, where=None), shared
+def _floats(arguments: Arguments) -> Arguments:
+    projection, examples, shared = arguments
+    return projection, examples._replace(indices=None, where=None), shared
 
 
 def _is_symbolic(x: Any) -> bool:
@@ -140,7 +166,7 @@ def _used(ct: Any) -> bool:
     return not _is_symbolic(ct) and ct.dtype != jax.dtypes.float0
 
 
-def _materialised(ct: Any) -> Array:
+def _materialised(ct: Any) -> Any:
     return vary(jnp.zeros(ct.shape, ct.dtype), ct.aval.mat.varying) if _is_symbolic(ct) else ct
 
 
@@ -150,47 +176,53 @@ _summed_loss.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)
 # --- block by block -------------------------------------------------------------------------------------------------
 
 
+class _Sums(NamedTuple):
+    kernel: Array
+    bias: Array | None
+    shared: Shared
+
+
 class _State(NamedTuple):
     total: Array
     aux: CrossEntropyAux | None
-    examples: Examples  # gradients
-    shared: Shared  # gradients, summed up
+    hidden: Array  # gradients of tokens
+    examples: Examples
+    sums: _Sums  # and of what they share, summed up
     logits: Array  # of the block at hand: one array for all blocks, which nobody has to clear
 
 
 def _forward(
     schedule: Schedule,
     options: Options,
-    examples: Examples,
-    shared: Shared,
+    arguments: Arguments,
     counts: Counts,
     divisor: Array,
     unweighted: bool,
-) -> tuple[Array, CrossEntropyAux | None, tuple[Examples, Shared]]:
+) -> tuple[Array, CrossEntropyAux | None, Arguments]:
     """The sum of the losses over the divisor, the aux record, and the gradients of the former in the working dtype.
 
     With `unweighted`, the gradient in the weights is not wanted of tokens whose weight is 0.
     """
-    n, block_n = examples.hidden.shape[0], schedule.block_n
-    dtype = working_dtype(matmul_dtype(examples.hidden.dtype, shared.kernel.dtype))
-    logits = lax.empty((min(block_n, n), shared.kernel.shape[schedule.vocab_axis]), dtype)
-    logits = vary(logits, varying(examples, shared))
+    (hidden, kernel, bias), examples, shared = arguments
+    n, block_n = hidden.shape[0], schedule.block_n
+    dtype = working_dtype(matmul_dtype(hidden.dtype, kernel.dtype))
+    logits = lax.empty((min(block_n, n), kernel.shape[schedule.vocab_axis]), dtype)
+    logits = vary(logits, varying(arguments))
     if 0 < n <= block_n:  # nothing to add up
-        nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), shared._replace(kernel=None, bias=None))
-        given = examples, shared, counts, divisor
-        total, aux, dexamples, dshared, _ = _block(schedule, options, *given, nothing, logits)
-        return total, aux, (dexamples, dshared)
+        total, aux, dhidden, dexamples, sums, _ = _block(schedule, options, arguments, counts, divisor, None, logits)
+        return total, aux, (Projection(dhidden, sums.kernel, sums.bias), dexamples, sums.shared)
     order = None
     if not options.return_aux:  # which says something of unused tokens too
-        examples, counts, order = _used_first(options, examples, counts, unweighted)
+        (hidden, examples, counts), order = _used_first(options, hidden, examples, counts, unweighted)
     used = jnp.sum(~counts.unused if unweighted else counts.counted)
 
     def block(start: Any, size: int, state: _State) -> _State:
         def add(state: _State) -> _State:
-            x = jax.tree.map(lambda a: take(a, start, size, 0), (examples, counts)) if size < n else (examples, counts)
-            total, aux, parts, sums, logits = _block(
-                schedule, options, x[0], shared, x[1], divisor, state.shared, state.logits
-            )
+            part = hidden, examples, counts
+            if size < n:
+                part = jax.tree.map(lambda a: take(a, start, size, 0), part)
+            given = (Projection(part[0], kernel, bias), part[1], shared), part[2], divisor
+            total, aux, dhidden, dexamples, sums, logits = _block(schedule, options, *given, state.sums, state.logits)
 
             def write(whole: Array, part: Array) -> Array:
                 return put(whole, part, start, 0)
@@ -198,62 +230,68 @@ def _forward(
             return _State(
                 state.total + total,
                 jax.tree.map(write, state.aux, aux),
-                jax.tree.map(write, state.examples, parts),
+                write(state.hidden, dhidden),
+                jax.tree.map(write, state.examples, dexamples),
                 sums,
                 logits,
             )
 
         return add(state) if order is None else lax.cond(start < used, add, lambda state: state, state)
 
-    total, rows = vary((jnp.zeros((), dtype), jnp.zeros((n,), dtype)), row_axes(options, examples, shared))
-    of_examples, of_all = jax.tree.map(lambda x: jnp.zeros_like(x, dtype), _floats(examples, shared))
-    aux = CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), None) if options.return_aux else None
-    state = _State(total, aux, of_examples, of_all, logits)
+    total, rows = vary((jnp.zeros((), dtype), jnp.zeros((n,), dtype)), row_axes(options, *arguments))
+    projection, of_examples, of_all = jax.tree.map(
+        lambda x: jnp.zeros_like(x, dtype), _floats((Projection(hidden, kernel, bias), examples, shared))
+    )
+    aux = CrossEntropyAux(rows, rows, rows, rows.astype(jnp.int32), rows) if options.return_aux else None
+    sums = _Sums(projection.kernel, projection.bias, of_all)
+    state = _State(total, aux, projection.hidden, of_examples, sums, logits)
     if n:
         state = over_blocks(n, block_n, block, state)
-    dexamples = state.examples
+    of_tokens = state.hidden, state.examples
     if order is not None:
-        dexamples = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), dexamples)
-    return state.total, state.aux, (dexamples, state.shared)
+        of_tokens = jax.tree.map(lambda x: jnp.zeros_like(x).at[order].set(x, unique_indices=True), of_tokens)
+    sums = state.sums
+    return state.total, state.aux, (Projection(of_tokens[0], sums.kernel, sums.bias), of_tokens[1], sums.shared)
 
 
 def _used_first(
-    options: Options, examples: Examples, counts: Counts, unweighted: bool
-) -> tuple[Examples, Counts, Array | None]:
+    options: Options, hidden: Array, examples: Examples, counts: Counts, unweighted: bool
+) -> tuple[tuple[Array, Examples, Counts], Array | None]:
     """The tokens with the unused ones last, and their order.
 
     Not where all are used, and not where probabilities or a mask `[N, V]` would have to be moved with them.
     """
+    tokens = hidden, examples, counts
     heavy = examples.indices is None or (examples.where is not None and examples.where.shape[0] > 1)
     if heavy or (options.ignore_index is None and (examples.weights is None or not unweighted)):
-        return examples, counts, None
+        return tokens, None
     order = jnp.argsort(counts.unused if unweighted else ~counts.counted, stable=True)
-    ordered = jax.tree.map(lambda x: x if x.shape[0] == 1 else jnp.take(x, order, axis=0), (examples, counts))
-    return *ordered, order
+    return jax.tree.map(lambda x: x if x.shape[0] == 1 else jnp.take(x, order, axis=0), tokens), order
 
 
 def _block(
     schedule: Schedule,
     options: Options,
-    examples: Examples,
-    shared: Shared,
+    arguments: Arguments,
     counts: Counts,
     divisor: Array,
-    sums: Shared,
+    sums: _Sums | None,
     logits: Array,
-) -> tuple[Array, CrossEntropyAux | None, Examples, Shared, Array]:
+) -> tuple[Array, CrossEntropyAux | None, Array, Examples, _Sums, Array]:
     """Loss over divisor, aux record and gradients of a block of tokens; what belongs to all tokens is added to `sums`.
 
     The last result is the array `logits`, overwritten with those of this block.
 
-    Without a kernel in `sums`, the gradients of kernel and bias are written as they are.
+    Without `sums` there is nothing to add to.
     """
+    projection, examples, shared = arguments
     inputs = of_terms(options, examples, shared)
-    stats, kept = vocabulary.forward(schedule, options, *inputs, keep_in=logits)
+    stats, kept = vocabulary.forward(schedule, options, projection, *inputs, keep_in=logits)
+    assert kept is not None  # asked for
     unweighted = None
     if (without := of_nll(options, *inputs)) is not None:
-        unweighted = finish(vocabulary.forward(schedule, *without, kept=kept)[0]).target
-    num_classes = shared.kernel.shape[schedule.vocab_axis] * shard_count(options.axis_name)
+        unweighted = finish(vocabulary.forward(schedule, without[0], projection, *without[1:], kept=kept)[0]).target
+    num_classes = projection.kernel.shape[schedule.vocab_axis] * shard_count(options.axis_name)
 
     def composed(terms: Terms, floats: Examples, shared: Shared) -> Sum:
         x = floats._replace(indices=examples.indices, where=examples.where)
@@ -262,27 +300,20 @@ def _block(
         total, aux = result if isinstance(result, tuple) else (result, None)
         return total / divisor, aux
 
-    floats, of_all = _floats(examples._replace(hidden=None), shared._replace(kernel=None, bias=None))
-    total, pullback, aux = jax.vjp(composed, finish(stats), floats, of_all, has_aux=True)
+    floats = examples._replace(indices=None, where=None)
+    total, pullback, aux = jax.vjp(composed, finish(stats), floats, shared, has_aux=True)
     ct, dexamples, dshared = pullback(jnp.ones_like(total))
     # Class weights come into the loss here, and in the terms: at probability targets, and by smoothing.
-    numbers = sums._replace(kernel=None, bias=None)
-    numbers = jax.tree.map(lambda total, d: total + d.astype(total.dtype), numbers, dshared)
-    by_class = Shared(sums.kernel, sums.bias, numbers.class_weights)
-    of_rows, of_all = vocabulary.backward(
-        schedule, options, *inputs, *finite(stats), ct, kept=kept, sums=None if sums.kernel is None else by_class
+    numbers: Shared = dshared if sums is None else jax.tree.map(jnp.add, sums.shared, dshared)
+    by_class = None if sums is None else (sums.kernel, sums.bias, numbers.class_weights)
+    (dhidden, dkernel, dbias), of_rows, (dweights, *_) = vocabulary.backward(
+        schedule, options, projection, *inputs, *finite(stats), ct, kept=kept, sums=by_class
     )
-    if sums.kernel is None:
-        of_all = of_all._replace(class_weights=_sum_of(by_class.class_weights, of_all.class_weights))
-    dexamples = dexamples._replace(hidden=of_rows.hidden)
-    if examples.indices is None:
+    if by_class is None and numbers.class_weights is not None:
+        dweights = numbers.class_weights if dweights is None else numbers.class_weights + dweights
+    if of_rows.probs is not None:
         dexamples = dexamples._replace(probs=of_rows.probs)
-    sums = numbers._replace(kernel=of_all.kernel, bias=of_all.bias, class_weights=of_all.class_weights)
-    return total, aux, dexamples, sums, kept
-
-
-def _sum_of(a: Array | None, b: Array | None) -> Array | None:
-    return a if b is None else b if a is None else a + b
+    return total, aux, dhidden, dexamples, _Sums(dkernel, dbias, numbers._replace(class_weights=dweights)), kept
 
 
 # --- when it applies, and what it costs -------------------------------------------------------------------------------

@@ -170,10 +170,10 @@ def _timed(
         return time.perf_counter() - start
 
     first = {plan: run(plan) for plan in _with_progress("warming up", list(programs))}
-    ran = {plan: taken for plan, taken in first.items() if taken is not None}
-    for plan, taken in ran.items():
-        if taken > _SLOW_TO_WARM_UP * min(ran.values()):
-            notes[plan], times[plan] = "slower", [taken]
+    ran = {plan: seconds for plan, seconds in first.items() if seconds is not None}
+    for plan, seconds_of_plan in ran.items():
+        if seconds_of_plan > _SLOW_TO_WARM_UP * min(ran.values()):
+            notes[plan], times[plan] = "slower", [seconds_of_plan]
     end = time.perf_counter() + seconds
     for i in _with_progress("timing", range(50), end):
         racing = [plan for plan in programs if plan not in notes]

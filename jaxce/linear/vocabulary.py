@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
-from jaxce.arguments import Examples, Options, Shared
+from jaxce.arguments import Examples, Options, Projection, Shared
 from jaxce.gradient import factors, gradient
 from jaxce.linear.blocks import (
     Schedule,
@@ -31,6 +32,7 @@ from jaxce.sums import effective, row_stats, rows_of
 def forward(
     schedule: Schedule,
     options: Options,
+    projection: Projection,
     examples: Examples,
     shared: Shared,
     *,
@@ -45,9 +47,9 @@ def forward(
 
     def block(start: Any, size: int, state: tuple[RowStats, Array | None]) -> tuple[RowStats, Array | None]:
         before, all_logits = state
-        x, w = _classes(schedule, options, examples, shared, start, size)
-        z = _logits(x, w, schedule, start, kept)
-        if keep_in is not None:
+        part, x, w = _classes(schedule, options, projection, examples, shared, start, size)
+        z = _logits(part, schedule, start, kept)
+        if keep_in is not None and all_logits is not None:
             all_logits = put(all_logits, z, start, -1)
         stats = row_stats(options, rows_of(options, z, x, w))
         if options.return_aux:
@@ -55,17 +57,21 @@ def forward(
             stats = stats._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + jnp.asarray(first + start, jnp.int32))
         return merge(before, stats), all_logits
 
-    V = shared.kernel.shape[schedule.vocab_axis]
+    V = projection.kernel.shape[schedule.vocab_axis]
     first = shard_start(V, options.axis_name)
-    state = no_classes(options, examples, shared), keep_in if kept is None else kept
-    state = vary(state, varying(examples, shared))
+    state = no_classes(options, projection, examples), keep_in if kept is None else kept
+    state = vary(state, varying(projection, examples, shared))
     stats, all_logits = over_blocks(V, schedule.forward_v, block, state)
     return merge_shards(stats, options.axis_name), all_logits
+
+
+Gradients = tuple[Projection, Examples, Shared]
 
 
 def backward(
     schedule: Schedule,
     options: Options,
+    projection: Projection,
     examples: Examples,
     shared: Shared,
     stats: RowStats,
@@ -73,69 +79,69 @@ def backward(
     ct: Terms,
     *,
     kept: Array | None = None,
-    sums: Shared | None = None,
-) -> tuple[Examples, Shared]:
+    sums: tuple[Array, Array | None, Array | None] | None = None,
+) -> Gradients:
     """The gradients in the arguments, for cotangents of the terms of each row, whose record is as `finite` leaves it.
 
-    With `sums`, what is shared between tokens is added to them. With `kept` logits, gradients stay in the working
-    dtype: the backward pass will scale them before they are rounded.
+    With `sums`, of kernel, bias and class weights, which tokens share, theirs are added to them. With `kept` logits,
+    gradients stay in the working dtype: the backward pass will scale them before they are rounded.
     """
-    rows = tuple(range(examples.hidden.ndim - 1))
-    hidden_t = lax.optimization_barrier(jnp.moveaxis(examples.hidden, -1, 0)) if schedule.transposes else None
+    hidden, kernel, bias = projection
+    rows = tuple(range(hidden.ndim - 1))
+    hidden_t = lax.optimization_barrier(jnp.moveaxis(hidden, -1, 0)) if schedule.transposes else None
 
-    def block(start: Any, size: int, grads: tuple[Examples, Shared]) -> tuple[Examples, Shared]:
-        x, w = _classes(schedule, options, examples, shared, start, size)
-        z = _logits(x, w, schedule, start, kept)
-        dz, dprobs, dclass_weights = gradient(options, z, x, w, of_rows)
-        dbias = None if w.bias is None else jnp.sum(dz, rows)
-        dhidden, dkernel = gradients(dz, x.hidden, w.kernel, schedule, hidden_t)
+    def block(start: Any, size: int, grads: Gradients) -> Gradients:
+        part, x, w = _classes(schedule, options, projection, examples, shared, start, size)
+        z = _logits(part, schedule, start, kept)
+        dz, dexamples, dshared = gradient(options, z, x, w, of_rows)
+        dhidden, dkernel = gradients(dz, part.hidden, part.kernel, schedule, hidden_t)
 
-        def written(whole: Array | None, part: Array | None, axis: int, add: bool = True) -> Array | None:
-            if part is None:
-                return whole
-            if add and sums is not None:
+        def written(whole: Array, part: Array, axis: int) -> Array:
+            if sums is not None:
                 part = take(whole, start, size, axis) + part.astype(whole.dtype)
             return put(whole, part, start, axis)
 
-        of_examples, of_all = grads
-        dprobs = written(of_examples.probs, dprobs, -1, add=False)
-        return of_examples._replace(hidden=of_examples.hidden + dhidden, probs=dprobs), of_all._replace(
-            kernel=_row_major(written(of_all.kernel, dkernel, schedule.vocab_axis), schedule),
-            bias=written(of_all.bias, dbias, 0),
-            class_weights=written(of_all.class_weights, dclass_weights, 0),
-        )
+        (of_hidden, of_kernel, of_bias), of_examples, of_shared = grads
+        of_kernel = _row_major(written(of_kernel, dkernel, schedule.vocab_axis), schedule)
+        if of_bias is not None:
+            of_bias = written(of_bias, jnp.sum(dz, rows), 0)
+        if of_examples.probs is not None and dexamples.probs is not None:
+            of_examples = of_examples._replace(probs=put(of_examples.probs, dexamples.probs, start, -1))
+        if of_shared.class_weights is not None and dshared.class_weights is not None:
+            of_shared = Shared(written(of_shared.class_weights, dshared.class_weights, 0))
+        return Projection(of_hidden + dhidden, of_kernel, of_bias), of_examples, of_shared
 
     # Every block of these is written before it is read; only dhidden is a sum.
-    working = working_dtype(matmul_dtype(examples.hidden.dtype, shared.kernel.dtype))
+    working = working_dtype(matmul_dtype(hidden.dtype, kernel.dtype))
 
-    def own(x: Array) -> jnp.dtype:
+    def own(x: Array) -> DTypeLike:
         return x.dtype if kept is None else working
 
-    dhidden = jnp.zeros(examples.hidden.shape, working)
-    dprobs, by_class = jax.tree.map(lambda x: lax.empty(x.shape, own(x)), (examples.probs, shared))
+    dhidden = jnp.zeros(hidden.shape, working)
+    dprobs, by_class = jax.tree.map(
+        lambda x: lax.empty(x.shape, own(x)), (examples.probs, (kernel, bias, shared.class_weights))
+    )
     by_class = by_class if sums is None else sums
-    dhidden, dprobs, by_class = vary((dhidden, dprobs, by_class), varying(examples, shared))
+    dhidden, dprobs, by_class = vary((dhidden, dprobs, by_class), varying(projection, examples, shared))
     # Tied to the forward pass, or one of them takes up memory meanwhile: dhidden on chip, or hidden states retiled.
     # And what belongs to whole rows is not computed anew in every block.
-    indices = _indices(options, examples, shared, schedule)
-    of_rows = factors(options, indices, stats, alive, ct)
+    of_rows = factors(_indices(options, projection, examples, schedule), stats, alive, ct)
     if schedule.retiles:
-        hidden, of_rows = lax.optimization_barrier((examples.hidden, of_rows))
-        examples = examples._replace(hidden=hidden)
+        hidden, of_rows = lax.optimization_barrier((hidden, of_rows))
+        projection = projection._replace(hidden=hidden)
     else:
         dhidden, of_rows = lax.optimization_barrier((dhidden, of_rows))
-    grads = Examples(hidden=dhidden, probs=dprobs), by_class
-    of_examples, of_all = over_blocks(shared.kernel.shape[schedule.vocab_axis], schedule.backward_v, block, grads)
+    grads: Gradients = Projection(dhidden, by_class[0], by_class[1]), Examples(probs=dprobs), Shared(by_class[2])
+    of_all, of_examples, of_shared = over_blocks(kernel.shape[schedule.vocab_axis], schedule.backward_v, block, grads)
     # Of hidden states that devices share, each has the gradient from its own classes.
-    split = tuple(sorted(varying(of_examples.hidden) - varying(examples.hidden)))
-    dhidden = sum_over(of_examples.hidden, split).astype(own(examples.hidden))
-    return of_examples._replace(hidden=dhidden), of_all
+    split = tuple(sorted(varying(of_all.hidden) - varying(hidden)))
+    return of_all._replace(hidden=sum_over(of_all.hidden, split).astype(own(hidden))), of_examples, of_shared
 
 
-def no_classes(options: Options, examples: Examples, shared: Shared) -> RowStats:
+def no_classes(options: Options, projection: Projection, examples: Examples) -> RowStats:
     """The record of a row of no classes, which changes nothing when merged."""
-    dtype = working_dtype(matmul_dtype(examples.hidden.dtype, shared.kernel.dtype))
-    zero = jnp.zeros(examples.hidden.shape[:-1], dtype)
+    hidden, kernel, _ = projection
+    zero = jnp.zeros(hidden.shape[:-1], working_dtype(matmul_dtype(hidden.dtype, kernel.dtype)))
     return RowStats(
         max=zero - jnp.inf,
         rest=zero - 1,
@@ -147,24 +153,32 @@ def no_classes(options: Options, examples: Examples, shared: Shared) -> RowStats
     )
 
 
-def _indices(options: Options, examples: Examples, shared: Shared, schedule: Schedule) -> Array | None:
+def _indices(options: Options, projection: Projection, examples: Examples, schedule: Schedule) -> Array | None:
     """Numbers of this device's classes."""
-    V = shared.kernel.shape[schedule.vocab_axis]
+    V = projection.kernel.shape[schedule.vocab_axis]
     return None if examples.indices is None else on_this_device(examples.indices, V, options.axis_name)
 
 
 def _classes(
-    schedule: Schedule, options: Options, examples: Examples, shared: Shared, start: Any, size: int
-) -> tuple[Examples, Shared]:
+    schedule: Schedule,
+    options: Options,
+    projection: Projection,
+    examples: Examples,
+    shared: Shared,
+    start: Any,
+    size: int,
+) -> tuple[Projection, Examples, Shared]:
     """What belongs to `size` classes from `start` on, which become classes 0 to size-1."""
 
     def part(x: Array | None, axis: int) -> Array | None:
         return None if x is None else take(x, start, size, axis)
 
-    kernel = part(shared.kernel, schedule.vocab_axis)
-    if schedule.retiles and size < shared.kernel.shape[schedule.vocab_axis]:
-        kernel = retiled_classes(shared.kernel, start, size, schedule.vocab_axis)
-    indices = _indices(options, examples, shared, schedule)
+    hidden, whole, bias = projection
+    if schedule.retiles and size < whole.shape[schedule.vocab_axis]:
+        kernel = retiled_classes(whole, start, size, schedule.vocab_axis)
+    else:
+        kernel = take(whole, start, size, schedule.vocab_axis)
+    indices = _indices(options, projection, examples, schedule)
     examples = examples._replace(
         indices=None if indices is None else indices - start,
         probs=part(examples.probs, -1),
@@ -172,13 +186,14 @@ def _classes(
     )
     # Both products of a block read it, from on-chip memory if it is brought there first.
     kernel = lax.optimization_barrier(kernel)
-    return examples, Shared(kernel, part(shared.bias, 0), part(shared.class_weights, 0))
+    return Projection(hidden, kernel, part(bias, 0)), examples, Shared(part(shared.class_weights, 0))
 
 
-def _logits(examples: Examples, shared: Shared, schedule: Schedule, start: Any, kept: Array | None) -> Array:
+def _logits(projection: Projection, schedule: Schedule, start: Any, kept: Array | None) -> Array:
+    hidden, kernel, bias = projection
     if kept is not None:
-        return take(kept, start, shared.kernel.shape[schedule.vocab_axis], -1)[: len(examples.hidden)]
-    return logits(examples.hidden, shared.kernel, shared.bias, schedule)
+        return take(kept, start, kernel.shape[schedule.vocab_axis], -1)[: len(hidden)]
+    return logits(hidden, kernel, bias, schedule)
 
 
 def _row_major(dkernel: Array, schedule: Schedule) -> Array:
