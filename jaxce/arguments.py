@@ -35,13 +35,16 @@ class Examples(NamedTuple):
     """What differs by example, or token, beside its logits or hidden states.
 
     Class indices are `indices [..., K]`, with `probs [..., K]` unless each is 1; probabilities are `probs [..., V]`
-    without indices.
+    without indices. The logits are divided by `temperature [...]`, after `offset [...]` is subtracted if there is one:
+    of exact logits the differences are exact, and quotients would not be.
     """
 
     indices: Array | None = None
     probs: Array | None = None
     weights: Array | None = None
     where: Array | None = None
+    temperature: Array | None = None
+    offset: Array | None = None
 
     def by_kind(self, row: Change = _unchanged, entries: Change = _unchanged, classes: Change = _unchanged) -> Examples:
         """Each array through the function for its kind: numbers of rows `[...]`, `[..., K]`, or `[..., V]`."""
@@ -72,6 +75,7 @@ class Options:
 
     label_smoothing: bool = False  # whether there is any: its amount is an array
     z_loss: bool = False
+    temperature: bool = False
     logit_softcap: float | None = None
     ignore_index: int | None = None
     reduction: str = "none"
@@ -100,6 +104,7 @@ def checked(
     ignore_index: int | None = None,
     z_loss: Any = 0.0,
     logit_softcap: float | None = None,
+    temperature: Any = 1.0,
     reduction: str = "none",
     axis_name: Any = None,
     batch_axis_name: Any = None,
@@ -125,13 +130,18 @@ def checked(
     dtype = working_dtype(dtype)
     if weights is not None:
         weights = checks.example_weights(weights, batch).astype(dtype)
+    if _is(1, temperature):
+        temperature = None
+    else:
+        temperature = jnp.broadcast_to(checks.temperature(temperature, batch).astype(dtype), batch)
     if class_weights is not None:
         num_classes = math.prod(full[i] for i in class_axes)
         class_weights = checks.class_weights(class_weights, num_classes).astype(dtype)
     options = Options(
-        label_smoothing=not _is_zero(label_smoothing),
-        z_loss=not _is_zero(z_loss),
+        label_smoothing=not _is(0, label_smoothing),
+        z_loss=not _is(0, z_loss),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
+        temperature=temperature is not None,
         ignore_index=ignore_index,
         reduction=reduction,
         return_aux=return_aux,
@@ -144,11 +154,11 @@ def checked(
         label_smoothing=jnp.asarray(label_smoothing, dtype) if options.label_smoothing else None,
         z_loss=jnp.asarray(z_loss, dtype) if options.z_loss else None,
     )
-    return Examples(indices=indices, probs=probs, weights=weights, where=where), shared, options
+    return Examples(indices, probs, weights, where, temperature), shared, options
 
 
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, (int, float)) and x == 0
+def _is(number: int, x: Any) -> bool:
+    return isinstance(x, (int, float)) and x == number
 
 
 def of_terms(options: Options, examples: Examples, shared: Shared) -> tuple[Examples, Shared]:

@@ -13,14 +13,24 @@ from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.sharding import AxisNames, sum_over
-from jaxce.stats import Terms, weighted, working_dtype
+from jaxce.stats import Terms, tempered, weighted, working_dtype
 
 
 def terms(options: Options, logits: Array, examples: Examples, shared: Shared) -> Terms:
     """As `jaxce.softmax.softmax_terms`."""
     probs, where, class_weights = examples.probs, examples.where, shared.class_weights
+    z = logits.astype(working_dtype(logits.dtype))
     if where is not None:
         where = jnp.broadcast_to(where, logits.shape)
+        z = jnp.where(where, z, 0)  # a masked logit may be NaN, where a tanh has no derivative
+    if options.logit_softcap is not None:
+        z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
+    if examples.temperature is not None:
+        offset = None if examples.offset is None else examples.offset[..., None]
+        z = tempered(z, examples.temperature[..., None], offset)
+    z = z + jnp.where(z == jnp.inf, jnp.nan, 0)
+    if where is not None:
+        z = jnp.where(where, z, -jnp.inf)
     if probs is not None and class_weights is not None:
         probs = weighted(probs, class_weights)
 
@@ -29,19 +39,12 @@ def terms(options: Options, logits: Array, examples: Examples, shared: Shared) -
 
     for _ in logits.shape[:-1]:
         row = jax.vmap(row)
-    return row(logits.astype(working_dtype(logits.dtype)), examples.indices, probs, where)
+    return row(z, examples.indices, probs, where)
 
 
 def _row_terms(
     options: Options, z: Array, indices: Array | None, probs: Array | None, v: Array | None, where: Array | None
 ) -> Terms:
-    if where is not None:
-        z = jnp.where(where, z, 0)  # a masked logit may be NaN, where a tanh has no derivative
-    if options.logit_softcap is not None:
-        z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
-    z = z + jnp.where(z == jnp.inf, jnp.nan, 0)
-    if where is not None:
-        z = jnp.where(where, z, -jnp.inf)
     axes = options.axis_name
     z_max = lax.stop_gradient(jnp.max(z))
     z_max = lax.pmax(z_max, axes) if axes else z_max

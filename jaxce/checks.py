@@ -139,16 +139,23 @@ def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: S
 
 
 def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
+    return _by_example("weights", x, batch, "one weight per example", "Weights per class go into class_weights.")
+
+
+def temperature(x: Any, batch: tuple[int, ...]) -> jax.Array:
+    """Where it is traced, what is not positive becomes NaN."""
+    x = _by_example("temperature", x, batch, "one number, or one per example", "")
+    if not isinstance(x, jax.core.Tracer) and not np.all((np.asarray(x) > 0) & np.isfinite(x)):
+        fail(ValueError, "temperature", "finite numbers > 0", describe(x) if x.ndim else str(x))
+    x = jnp.asarray(x)
+    return jnp.where(x > 0, x, jnp.full_like(x, jnp.nan))
+
+
+def _by_example(name: str, x: Any, batch: tuple[int, ...], what: str, hint: str) -> jax.Array:
     if not is_real(x):
-        fail(TypeError, "weights", "an array of real numbers", describe(x), _convert("weights", x))
+        fail(TypeError, name, "an array of real numbers", describe(x), _convert(name, x))
     if not broadcastable(jnp.shape(x), batch):
-        fail(
-            ValueError,
-            "weights",
-            f"a shape that broadcasts to the batch shape {batch}, one weight per example",
-            describe(x),
-            "Weights per class go into class_weights.",
-        )
+        fail(ValueError, name, f"a shape that broadcasts to the batch shape {batch}, {what}", describe(x), hint)
     return as_array(x)
 
 

@@ -76,7 +76,7 @@ def gradient(
     def taking_part(x: Array) -> Array:
         return x if rows.where is None else jnp.where(mask_like(rows.where, x), x, jnp.zeros_like(x))
 
-    z = effective(options, logits, rows.where)
+    z = effective(options, rows)
     bare = rows._replace(indices=left_out(options, rows.indices), probs=None, smoothing_weights=None)
     e = exponentials_for_gradient(options, again, bare, of.max)
     below = of.max[..., None] - _alive(of.dead, z.astype(dtype))
@@ -87,7 +87,7 @@ def gradient(
     if rows.indices is not None and of.at_targets is not None:
         dz = put(dz, rows.indices, of.at_targets)
 
-    dprobs = dweights = None
+    dprobs = dweights = dtemperature = None
     surprise = below + of.log_sum[..., None]  # −log p
     batch = tuple(range(dz.ndim - 1))
     if examples.probs is not None and rows.probs is not None:
@@ -102,11 +102,14 @@ def gradient(
         if rows.smoothing_weights is not None:
             by_class = jnp.sum(taking_part(times(share, surprise)), batch)
             dweights = by_class if dweights is None else dweights + by_class
+    if rows.temperature is not None:
+        dz = taking_part(dz) / rows.temperature
+        dtemperature = -jnp.sum(times(dz, z), -1)
     if options.logit_softcap is not None:
         t = jnp.tanh(_alive(of.dead, logits.astype(dtype)) / options.logit_softcap)
         dz = dz * ((1 - t) * (1 + t))
     dz = taking_part(dz)  # last: a masked logit may be NaN
-    return dz.astype(logits.dtype), Examples(probs=dprobs), Shared(class_weights=dweights)
+    return dz.astype(logits.dtype), Examples(probs=dprobs, temperature=dtemperature), Shared(class_weights=dweights)
 
 
 def _alive(dead: Array, x: Array) -> Array:

@@ -9,7 +9,7 @@ from typing import Any, Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxce import autodiff, checks
 from jaxce.arguments import Examples, Options, Shared, checked, of_nll, of_terms
@@ -20,7 +20,7 @@ from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import mask_like, on_this_device, shard_count, shard_start, sum_over, vary, varying
 from jaxce.stats import RowStats, Terms, finish, finite, merge_argmax, merge_shards, working_dtype
-from jaxce.sums import row_stats, rows_of
+from jaxce.sums import Rows, effective, row_stats, rows_of
 
 
 @overload
@@ -53,6 +53,7 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
     ignore_index: int | None = None,
     z_loss: Any = 0.0,
     logit_softcap: float | None = None,
+    temperature: Any = 1.0,
     reduction: str = "none",
     axis_name: str | tuple[str, ...] | None = None,
     batch_axis_name: str | tuple[str, ...] | None = None,
@@ -90,6 +91,8 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
       ignore_index: examples with this label count for nothing, whatever their logits hold. Any integer.
       z_loss: λ >= 0, the coefficient of lse(z)².
       logit_softcap: a Python number c > 0: the logits become c·tanh(logits/c) (before `where`).
+      temperature: T > 0, a number or numbers that broadcast to the batch shape: the logits are divided by it (after the
+        soft cap). The loss is differentiable in it; no factor of T² is put in front.
       reduction: `"none"`: the batch shape. `"sum"`. `"mean"`: the sum divided by the sum of the weights that were
         applied (`weights` times the class weight of the target). `"mean_count"`: the sum divided by the number of
         examples that are not ignored. A mean over nothing is 0, with gradient 0: where all are ignored, and where
@@ -143,6 +146,7 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
         ignore_index=ignore_index,
         z_loss=z_loss,
         logit_softcap=logit_softcap,
+        temperature=temperature,
         reduction=reduction,
         axis_name=axis_name,
         batch_axis_name=batch_axis_name,
@@ -228,6 +232,11 @@ def loss_of_logits(
         bad = ~jnp.all(jnp.isfinite(jnp.max(logits, -1, keepdims=True) - logits), -1)
         bad = sum_over(bad.astype(jnp.int32), axes) > 0
         logits = jnp.where((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits)
+    if examples.temperature is not None:
+        largest = jnp.max(effective(options, Rows(logits, where=examples.where)), -1)
+        largest = lax.stop_gradient(largest.astype(working_dtype(logits.dtype)))
+        largest = lax.pmax(largest, axes) if axes else largest
+        examples = examples._replace(offset=jnp.where(jnp.isfinite(largest), largest, 0))
     indices = None if examples.indices is None else on_this_device(examples.indices, V, axes)
     rows = logits, *of_terms(options, examples._replace(indices=indices), shared)
     rows = vary(rows, varying(rows))
@@ -235,6 +244,8 @@ def loss_of_logits(
     if options.implementation != "autodiff":
         terms_of, rows = softmax_terms, reverse_mode_only(rows)
     terms = terms_of(options, *rows)
+    if examples.temperature is not None and examples.offset is not None:
+        terms = terms._replace(log_normalizer=terms.log_normalizer + examples.offset / examples.temperature)
     counts = who_counts(options, examples, shared, terms.log_normalizer, classes)
     unweighted = prediction = None
     if (without := of_nll(options, *rows[1:])) is not None:

@@ -82,6 +82,13 @@ def times(a: Array, x: Array) -> Array:
     return a * jnp.where((a == 0) & ~jnp.isfinite(x), jnp.zeros_like(x), x)
 
 
+def tempered(z: Array, temperature: Array, offset: Array | None) -> Array:
+    """(z − offset)/temperature, where z is finite; elsewhere it has no derivative in the temperature."""
+    z = z if offset is None else z - offset
+    finite = jnp.isfinite(z)
+    return jnp.where(finite, jnp.where(finite, z, 0) / temperature, z)
+
+
 @jax.custom_jvp
 def weighted(probs: Array, weights: Array) -> Array:
     """The product, whose derivatives take an infinite cotangent, that of a class of probability 0, times 0 as 0."""

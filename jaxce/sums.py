@@ -41,6 +41,7 @@ from jaxce.stats import (
     RowStats,
     low_and_high,
     shift,
+    tempered,
     times,
     weighted,
     without_largest,
@@ -63,6 +64,7 @@ class Rows(NamedTuple):
       that has the maximum.
     probs: `[..., V]`, times the class weights.
     smoothing_weights: the class weights, for smoothing.
+    temperature, offset: `[..., 1]`, of `jaxce.arguments.Examples`.
     """
 
     logits: Array
@@ -70,6 +72,8 @@ class Rows(NamedTuple):
     probs: Array | None = None
     smoothing_weights: Array | None = None
     where: Array | None = None
+    temperature: Array | None = None
+    offset: Array | None = None
 
 
 def rows_of(options: Options, logits: Array, examples: Examples, shared: Shared) -> Rows:
@@ -77,7 +81,9 @@ def rows_of(options: Options, logits: Array, examples: Examples, shared: Shared)
     weights, probs = shared.class_weights, examples.probs
     if probs is not None and weights is not None:
         probs = weighted(probs.astype(weights.dtype), weights)
-    return Rows(logits, examples.indices, probs, weights if options.label_smoothing else None, examples.where)
+    temperature, offset = (None if x is None else x[..., None] for x in (examples.temperature, examples.offset))
+    weights = weights if options.label_smoothing else None
+    return Rows(logits, examples.indices, probs, weights, examples.where, temperature, offset)
 
 
 def row_stats(options: Options, rows: Rows, keep: bool = False) -> RowStats:
@@ -93,7 +99,7 @@ def row_stats(options: Options, rows: Rows, keep: bool = False) -> RowStats:
         return stats._replace(picked=stats.picked[..., None])
     if rows.indices is None:
         return stats
-    z = effective(options, rows.logits, rows.where)
+    z = effective(options, rows)
     return stats._replace(picked=pick(z, rows.indices).astype(stats.max.dtype))
 
 
@@ -102,12 +108,15 @@ def left_out(options: Options, indices: Array | None) -> Array | None:
     return None if indices is None or indices.shape[-1] > 1 or options.return_aux else indices
 
 
-def effective(options: Options, logits: Array, where: Array | None) -> Array:
-    """The logits that the softmax sees: capped, then masked. Without either they keep their dtype."""
+def effective(options: Options, rows: Rows) -> Array:
+    """The logits that the softmax sees: capped, divided, then masked. Without any of it they keep their dtype."""
+    z = rows.logits
     if options.logit_softcap is not None:
-        logits = logits.astype(working_dtype(logits.dtype))
-        logits = options.logit_softcap * jnp.tanh(logits / options.logit_softcap)
-    return logits if where is None else jnp.where(mask_like(where, logits), logits, -jnp.inf)
+        z = z.astype(working_dtype(z.dtype))
+        z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
+    if rows.temperature is not None:
+        z = tempered(z.astype(working_dtype(z.dtype)), rows.temperature, rows.offset)
+    return z if rows.where is None else jnp.where(mask_like(rows.where, z), z, -jnp.inf)
 
 
 def smoothing_distribution(like: Array, dtype: DTypeLike, weights: Array | None, where: Array | None) -> Array:
@@ -151,7 +160,7 @@ def exponentials_for_gradient(options: Options, again: bool, rows: Rows, maximum
 
     def elsewhere(like: Array, operands: tuple[Rows, Array]) -> Array:
         rows, maximum = operands
-        z = effective(options, rows.logits, rows.where)
+        z = effective(options, rows)
         # Not a select by rows, which takes three times as long on CPU.
         e = jnp.where(z.astype(maximum.dtype) - maximum[..., None] < 1, exponentials(z, maximum), 0)
         return jnp.broadcast_to(e, like.shape)
@@ -168,13 +177,13 @@ def _exponentials_for_gradient_jvp(
 ) -> tuple[Array, Array]:
     rows, maximum = primals
     e = exponentials_for_gradient(options, again, rows, maximum)
-    dz = jax.jvp(lambda x: effective(options, x, rows.where), (rows.logits,), (tangents[0].logits,))[1]
+    dz = jax.jvp(functools.partial(effective, options), (rows,), (tangents[0],))[1]
     return e, e * dz.astype(e.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sums(options: Options, keep: bool, rows: Rows) -> RowStats:
-    """The record, with `picked` the logit that is left out,"""
+    """The record, with `picked` the logit that is left out."""
     if explicitly_sharded(rows.logits):
         return _fused(options, rows)
     like = rows.logits[..., 0].astype(working_dtype(rows.logits.dtype))
@@ -200,7 +209,7 @@ def _sums_jvp(options: Options, keep: bool, primals: tuple[Rows], tangents: tupl
     stats = _sums(options, keep, *primals)
 
     def plainly(rows: Rows) -> RowStats:
-        z = effective(options, rows.logits, rows.where)
+        z = effective(options, rows)
         return _record(options, rows, z, stats.max, jnp.sum(exponentials(z, stats.max), -1), jnp.sum)
 
     return stats, jax.jvp(plainly, primals, tangents)[1]
@@ -235,7 +244,7 @@ def _record(
 
 def _fused(options: Options, rows: Rows) -> RowStats:
     """For compilers that fuse: passes over the logits, the first of which finds the maximum and the label's logit."""
-    z = effective(options, rows.logits, rows.where)
+    z = effective(options, rows)
     if rows.indices is None:
         maximum = jnp.max(z, -1).astype(working_dtype(z.dtype))
         rest = _without_maximum(exponentials(z, maximum), jnp.sum)
@@ -326,7 +335,7 @@ def _of_chunk(options: Options, rows: Rows) -> RowStats:
 
 def _written_exponentials(options: Options, rows: Rows) -> tuple[Array, Array, Array]:
     """Effective logits, their maximum, and exp(z − max) in memory, 0 at the class that is left out."""
-    z = effective(options, rows.logits, rows.where)
+    z = effective(options, rows)
     if z is not rows.logits:  # or each sum would cap them anew, and might round them differently
         z = lax.optimization_barrier(z)
     maximum = jnp.max(z, -1).astype(working_dtype(z.dtype))

@@ -43,7 +43,7 @@ FUNCTIONS = {
     "probs": "cross_entropy_from_probs",
 }
 MAIN = {"dense": ("logits",), "integer": ("logits",), "linear": ("hidden", "kernel", "bias"), "probs": ("logits",)}
-TOKENS = ("logits", "hidden", "targets", "weights", "labels")  # what vmap and scan go over
+TOKENS = ("logits", "hidden", "targets", "weights", "temperature", "labels")  # what vmap and scan go over
 F16, BF16, F32, F64 = (np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 LABELS = [np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 LABELS += [np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)]
@@ -268,6 +268,13 @@ def draw(seed: int, index: int) -> Case:
     cap = "cap" in options and function != "probs" and maybe(0.2)
     if cap:
         constants["logit_softcap"] = float(pick(2.0, 4.0, 30.0))
+    if options and function != "probs" and maybe(0.25):
+        shape = (*lead, *batch)
+        if steps is None and batch and maybe(0.4):
+            shape = pick((), batch[1:], (1,) * len(batch), (*batch[:-1], 1))
+        params["temperature"] = np.asarray(
+            2 ** rng.uniform(-3, 3, shape), pick(F32, F32, BF16, F16, F64 if case.x64 else F32)
+        )
     if "label_smoothing" in options and maybe(0.3) and (not gone.any() or cap):
         if maybe(0.6):
             params["label_smoothing"] = np.asarray(pick(0.1, 0.2, 1.0, 0.0), F32)
@@ -401,7 +408,7 @@ def budget(case: Case, rng: np.random.Generator) -> int:
     indices = None if case.kind == "probs" else jax.ShapeDtypeStruct(data["labels"].shape[lead:], np.int32)
     probs = shape("targets")
     targets = indices if probs is None else probs if indices is None else jaxce.SparseTargets(indices, probs)
-    names = ("bias", "where", "weights", "class_weights", "label_smoothing", "z_loss")
+    names = ("bias", "where", "weights", "temperature", "class_weights", "label_smoothing", "z_loss")
     options = {n: shape(n) for n in names if n in params or n in data} | case.constants
     if "ignore_index" in options:
         options["ignore_index"] = -1
@@ -546,6 +553,7 @@ def dims(case: Case, name: str) -> tuple[Any, ...]:
         "targets": rows if case.kind == "probs" else (*batch, None),
         "labels": (*batch, None) if case.kind == "sparse" else batch,
         "weights": batch,
+        "temperature": batch,
         "class_weights": ("v",),
         "where": rows,
     }.get(name, ())
@@ -662,6 +670,13 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
         # tanh and what is made from it are within 8 ε of |tanh|, which 1 − |tanh| feels in full.
         slope_error = 20 * eps * abs(t) + 2 * error / cap
         z, error = cap * t, error * slope + 8 * eps * cap * abs(t) + error**2 / cap
+    tempered = "temperature" in params
+    temperature = np.broadcast_to(params.get("temperature", 1.0), case.batch).reshape(N, 1)
+    if tempered:  # of a difference where logits are given; of products, and of what is made from them, the quotient
+        z, error, slope = z / temperature, error / temperature, slope / temperature
+        slope_error = slope_error / temperature + 2 * eps * slope
+        if case.function == "linear":
+            error = error + eps * np.where(np.isfinite(z), abs(z), 0)
 
     mask = np.ones((N, V), bool)
     if "where" in case.data:
@@ -704,7 +719,7 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
         off = np.max(np.where(mask, error, 0), -1, initial=0)
     losses = problem.losses()
     below = problem.softmax.below
-    near = np.where(np.isfinite(below), np.minimum(below, 120 if case.dtype == F32 else 800), 0)
+    near = np.where(np.isfinite(below), np.minimum(below, 120 if case.dtype == F32 else 800), 0) * (1 + tempered)
     runner_up = np.sort(np.where(mask, near, np.inf), -1)[:, 1] if V > 1 else np.zeros(N)
     slack = np.maximum(16, np.where(np.isfinite(runner_up), runner_up, 0))
     coefficients = np.where(mask, (1 - smoothing) * target * v + smoothing / problem.count[:, None] * v, 0)
@@ -765,7 +780,7 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     aw = abs(cts.loss * w_rows)
     dz, dz_size = masked(g.logits.value), masked(g.logits.size)
     exact_index = case.function in ("dense", "integer") and case.kind == "index" and set(cot) == {"loss"}
-    if exact_index and not (smoothing or z_loss or cap or weighted):
+    if exact_index and not (smoothing or z_loss or cap or tempered or weighted):
         dz_size = abs(dz)
     bounded = (slack[:, None] - 16 + relative + near) * eps * dz_size + 3 * off[:, None] * dz_size
     finite_below = np.where(np.isfinite(below), below, 0)
@@ -774,7 +789,18 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     bounded = bounded + masked(p * (2 * aw * z_loss * off)[:, None])
     magnitude = abs(cl) + abs(ch) * 100 + abs(b) + aw * (1 + z_loss * 1e3)
     bounded = bounded + masked(np.ones((N, V)) * (8 * V * tiny * magnitude)[:, None])
-    if cap:
+    if tempered:  # −Σ dz·z/T, where logits are given with z below the largest of them
+        distance, of_offset = finite_below, abs(np.where(bad, 0, lse.value - problem.softmax.log_sum))
+        of_offset = of_offset * (abs(cl) + 2 * aw * z_loss * (abs(lse.value) + off))
+        if case.function == "linear":
+            distance, of_offset = np.where(np.isfinite(z), abs(z), 0), 0 * of_offset
+        value = -np.sum(dz * np.where(np.isfinite(z), z, 0), -1)
+        unit = np.sum(dz_size * distance, -1) + of_offset
+        error_t = np.sum(bounded * distance + dz_size * error, -1) + (V + relative + 8) * eps * unit
+        parts, shape = (x / temperature[:, 0] for x in (value, unit, error_t)), params["temperature"].shape
+        value, unit, error_t = (_summed_to(x.reshape(case.batch), shape) for x in parts)
+        grads["temperature"] = value, unit, error_t + (N + 2) * eps * unit
+    if cap or tempered:
         bounded = bounded * slope + dz_size * slope_error
         dz, dz_size = dz * slope, dz_size * slope
     second = None
@@ -896,7 +922,7 @@ def _summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def working(case: Case) -> dict[str, np.ndarray]:
     """The numbers that jaxce works with: options and target probabilities are cast to the working dtype first."""
-    cast = ("targets", "weights", "class_weights", "label_smoothing", "z_loss", "bias")
+    cast = ("targets", "weights", "temperature", "class_weights", "label_smoothing", "z_loss", "bias")
     return {n: up(x.astype(case.dtype) if n in cast else x) for n, x in case.params.items()}
 
 
@@ -930,7 +956,8 @@ def second_derivatives(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         moved = abs(dh) @ abs(k) + abs(h) @ abs(dk) + abs(tangent.get("bias", np.zeros(V)))
     else:
         moved = abs(np.moveaxis(tangent["logits"], case.axis, -1).reshape(N, V))
-    most = np.max(moved, -1, keepdims=True, initial=0)
+    temperature = np.broadcast_to(params.get("temperature", 1.0), case.batch).reshape(N, 1)
+    most = np.max(moved / temperature, -1, keepdims=True, initial=0)
     if case.function == "probs":
         most = np.max(moved / np.moveaxis(params["logits"], case.axis, -1).reshape(N, V), -1, keepdims=True, initial=0)
     curved = 4 * most * size * (1 + 1 / case.constants.get("logit_softcap", np.inf))
@@ -1037,7 +1064,7 @@ def _differences(case: Case, loss: Any, aux: Any, grads: dict[str, Any], second:
             bound = bound + case.steps * float(np.finfo(case.dtype).eps) * size
         nan: Any = False
         skip: Any = False
-        if name == "weights":
+        if name in ("weights", "temperature"):
             if arg.shape != shape and rows.any():
                 continue  # a sum over rows of which some may be anything finite
             skip = rows if arg.shape == shape else False

@@ -271,6 +271,20 @@ SCALAR_CASES = {
     "z_loss infinite": Wrong(lambda: loss(z_loss=np.inf), ValueError, "z_loss", "a number >= 0", "inf"),
     "z_loss None": Wrong(lambda: loss(z_loss=None), TypeError, "z_loss", "number", "None"),
     "z_loss complex": Wrong(lambda: loss(z_loss=np.complex64(1)), TypeError, "z_loss", "number", "complex64|1"),
+    "temperature 0": Wrong(lambda: loss(temperature=0.0), ValueError, "temperature", "finite numbers > 0", r"0\.0"),
+    "temperature NaN": Wrong(lambda: loss(temperature=np.nan), ValueError, "temperature", "> 0", "nan"),
+    "temperature inf": Wrong(lambda: loss(temperature=np.inf), ValueError, "temperature", "finite", "inf"),
+    "temperature of one example": Wrong(
+        lambda: loss(temperature=np.where(np.arange(len(LABELS)) == 1, -1.0, 1.0)),
+        ValueError,
+        "temperature",
+        "> 0",
+        "float32",
+    ),
+    "temperature by class": Wrong(
+        lambda: loss(temperature=jnp.ones(7)), ValueError, "temperature", "broadcasts to the batch shape", r"\(7,\)"
+    ),
+    "temperature string": Wrong(lambda: loss(temperature="1"), TypeError, "temperature", "real numbers", "str"),
     "softcap 0": Wrong(lambda: loss(logit_softcap=0.0), ValueError, "logit_softcap", "> 0", r"0\.0", "None means"),
     "softcap negative": Wrong(lambda: loss(logit_softcap=-1), ValueError, "logit_softcap", "> 0", "-1"),
     "softcap inf": Wrong(lambda: loss(logit_softcap=np.inf), ValueError, "logit_softcap", "> 0", "inf"),

@@ -49,6 +49,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
     ignore_index: int | None = None,
     z_loss: Any = 0.0,
     logit_softcap: float | None = None,
+    temperature: Any = 1.0,
     reduction: str = "none",
     axis_name: str | tuple[str, ...] | None = None,
     batch_axis_name: str | tuple[str, ...] | None = None,
@@ -76,7 +77,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
       bias: floats `[V]`.
       vocab_axis: which axis of the kernel has the classes.
       where: bools that broadcast to `[..., V]`: the classes that take part.
-      weights, class_weights, label_smoothing, ignore_index, z_loss, logit_softcap, reduction: as in
+      weights, class_weights, label_smoothing, ignore_index, z_loss, logit_softcap, temperature, reduction: as in
         `jaxce.softmax_cross_entropy`.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes, major first) that the classes are split over. `kernel`,
         `bias`, `where`, `class_weights` and probability targets are then this device's share, in the order of the
@@ -132,6 +133,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
         "ignore_index": ignore_index,
         "z_loss": z_loss,
         "logit_softcap": logit_softcap,
+        "temperature": temperature,
         "reduction": reduction,
         "axis_name": axis_name,
         "batch_axis_name": batch_axis_name,

@@ -50,7 +50,7 @@ class Problem:
     def plain(self) -> bool:
         """Without the options that need more arrays as large as a block of logits."""
         o = self.options
-        more = o.logit_softcap is not None or o.label_smoothing or o.return_aux or self.class_weights
+        more = o.logit_softcap is not None or o.temperature or o.label_smoothing or o.return_aux or self.class_weights
         return not (more or self.mask_per_token)
 
     @property

@@ -93,6 +93,7 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
     for name, spec in {
         "where": (*tokens, classes),
         "weights": tuple(tokens),
+        "temperature": tuple(tokens) if jnp.ndim(arguments["temperature"]) else (),
         "bias": (classes,),
         "class_weights": (classes,),
         "label_smoothing": (),

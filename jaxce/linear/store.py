@@ -311,6 +311,7 @@ def _block(
     )
     if by_class is None and numbers.class_weights is not None:
         dweights = numbers.class_weights if dweights is None else numbers.class_weights + dweights
+    dexamples = dexamples._replace(temperature=of_rows.temperature)
     if of_rows.probs is not None:
         dexamples = dexamples._replace(probs=of_rows.probs)
     return total, aux, dhidden, dexamples, _Sums(dkernel, dbias, numbers._replace(class_weights=dweights)), kept

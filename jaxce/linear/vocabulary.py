@@ -51,9 +51,10 @@ def forward(
         z = _logits(part, schedule, start, kept)
         if keep_in is not None and all_logits is not None:
             all_logits = put(all_logits, z, start, -1)
-        stats = row_stats(options, rows_of(options, z, x, w))
+        rows = rows_of(options, z, x, w)
+        stats = row_stats(options, rows)
         if options.return_aux:
-            z = effective(options, z, x.where)
+            z = effective(options, rows)
             stats = stats._replace(argmax=jnp.argmax(z, -1).astype(jnp.int32) + jnp.asarray(first + start, jnp.int32))
         return merge(before, stats), all_logits
 
@@ -107,22 +108,26 @@ def backward(
             of_bias = written(of_bias, jnp.sum(dz, rows), 0)
         if of_examples.probs is not None and dexamples.probs is not None:
             of_examples = of_examples._replace(probs=put(of_examples.probs, dexamples.probs, start, -1))
+        if of_examples.temperature is not None and dexamples.temperature is not None:
+            of_examples = of_examples._replace(temperature=of_examples.temperature + dexamples.temperature)
         if of_shared.class_weights is not None and dshared.class_weights is not None:
             of_shared = Shared(written(of_shared.class_weights, dshared.class_weights, 0))
         return Projection(of_hidden + dhidden, of_kernel, of_bias), of_examples, of_shared
 
-    # Every block of these is written before it is read; only dhidden is a sum.
+    # Every block of these is written before it is read; only those of hidden states and temperature are sums.
     working = working_dtype(matmul_dtype(hidden.dtype, kernel.dtype))
 
     def own(x: Array) -> DTypeLike:
         return x.dtype if kept is None else working
 
     dhidden = jnp.zeros(hidden.shape, working)
+    dtemperature = None if examples.temperature is None else jnp.zeros_like(examples.temperature)
     dprobs, by_class = jax.tree.map(
         lambda x: lax.empty(x.shape, own(x)), (examples.probs, (kernel, bias, shared.class_weights))
     )
     by_class = by_class if sums is None else sums
-    dhidden, dprobs, by_class = vary((dhidden, dprobs, by_class), varying(projection, examples, shared))
+    every = varying(projection, examples, shared)
+    dhidden, dtemperature, dprobs, by_class = vary((dhidden, dtemperature, dprobs, by_class), every)
     # Tied to the forward pass, or one of them takes up memory meanwhile: dhidden on chip, or hidden states retiled.
     # And what belongs to whole rows is not computed anew in every block.
     of_rows = factors(_indices(options, projection, examples, schedule), stats, alive, ct)
@@ -131,11 +136,20 @@ def backward(
         projection = projection._replace(hidden=hidden)
     else:
         dhidden, of_rows = lax.optimization_barrier((dhidden, of_rows))
-    grads: Gradients = Projection(dhidden, by_class[0], by_class[1]), Examples(probs=dprobs), Shared(by_class[2])
+    grads: Gradients = (
+        Projection(dhidden, by_class[0], by_class[1]),
+        Examples(probs=dprobs, temperature=dtemperature),
+        Shared(by_class[2]),
+    )
     of_all, of_examples, of_shared = over_blocks(kernel.shape[schedule.vocab_axis], schedule.backward_v, block, grads)
-    # Of hidden states that devices share, each has the gradient from its own classes.
-    split = tuple(sorted(varying(of_all.hidden) - varying(hidden)))
-    return of_all._replace(hidden=sum_over(of_all.hidden, split).astype(own(hidden))), of_examples, of_shared
+
+    def whole(dx: Array, x: Array) -> Array:
+        """Of what devices share, each has the gradient from its own classes."""
+        return sum_over(dx, tuple(sorted(varying(dx) - varying(x)))).astype(own(x))
+
+    if of_examples.temperature is not None and examples.temperature is not None:
+        of_examples = of_examples._replace(temperature=whole(of_examples.temperature, examples.temperature))
+    return of_all._replace(hidden=whole(of_all.hidden, hidden)), of_examples, of_shared
 
 
 def no_classes(options: Options, projection: Projection, examples: Examples) -> RowStats:
