@@ -76,6 +76,13 @@ class Rows(NamedTuple):
     offset: Array | None = None
 
 
+class _Sums(NamedTuple):
+    """The record, with `picked` the logit that is left out; and the sum of the gap of uniform smoothing."""
+
+    stats: RowStats
+    uniform: Array | None = None
+
+
 def rows_of(options: Options, logits: Array, examples: Examples, shared: Shared) -> Rows:
     """The rows of logits, with class weights where they come in: at probability targets, and by smoothing."""
     weights, probs = shared.class_weights, examples.probs
@@ -94,7 +101,9 @@ def row_stats(options: Options, rows: Rows, keep: bool = False) -> RowStats:
     label, weights = left_out(options, rows.indices), rows.smoothing_weights
     if weights is not None:
         weights = weights.reshape((1,) * (rows.logits.ndim - 1) + weights.shape)
-    stats = _sums(options, keep, rows._replace(indices=label, smoothing_weights=weights))
+    stats, uniform = _sums(options, keep, rows._replace(indices=label, smoothing_weights=weights))
+    if uniform is not None:
+        stats = stats._replace(smoothing=Gap(uniform, jnp.full_like(uniform, rows.logits.shape[-1])))
     if stats.picked is not None:
         return stats._replace(picked=stats.picked[..., None])
     if rows.indices is None:
@@ -182,42 +191,45 @@ def _exponentials_for_gradient_jvp(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sums(options: Options, keep: bool, rows: Rows) -> RowStats:
-    """The record, with `picked` the logit that is left out."""
+def _sums(options: Options, keep: bool, rows: Rows) -> _Sums:
     if explicitly_sharded(rows.logits):
         return _fused(options, rows)
     like = rows.logits[..., 0].astype(working_dtype(rows.logits.dtype))
-    likes = RowStats(
+    alike = _smooths_alike(options, rows)
+    stats = RowStats(
         max=like,
         rest=like,
         picked=None if rows.indices is None else like,
         target=None if rows.probs is None else Gap(like, like),
-        smoothing=Gap(like, like) if options.label_smoothing else None,
+        smoothing=Gap(like, like) if options.label_smoothing and not alike else None,
         spread=like if options.return_aux else None,
     )
 
-    def elsewhere(likes: RowStats, rows: Rows) -> RowStats:
-        stats: RowStats = jax.tree.map(lambda like, x: jnp.broadcast_to(x, like.shape), likes, _fused(options, rows))
-        return stats
+    def elsewhere(likes: _Sums, rows: Rows) -> _Sums:
+        sums: _Sums = jax.tree.map(lambda like, x: jnp.broadcast_to(x, like.shape), likes, _fused(options, rows))
+        return sums
 
-    stats: RowStats = on_one_cpu(functools.partial(_on_cpu, options, keep), elsewhere, likes, rows)
-    return stats
+    likes = _Sums(stats, like if alike else None)
+    return on_one_cpu(functools.partial(_on_cpu, options, keep), elsewhere, likes, rows)
+
+
+def _smooths_alike(options: Options, rows: Rows) -> bool:
+    return options.label_smoothing and rows.smoothing_weights is None and rows.where is None
 
 
 @_sums.defjvp
-def _sums_jvp(options: Options, keep: bool, primals: tuple[Rows], tangents: tuple[Rows]) -> tuple[RowStats, RowStats]:
-    stats = _sums(options, keep, *primals)
+def _sums_jvp(options: Options, keep: bool, primals: tuple[Rows], tangents: tuple[Rows]) -> tuple[_Sums, _Sums]:
+    sums = _sums(options, keep, *primals)
+    maximum = sums.stats.max
 
-    def plainly(rows: Rows) -> RowStats:
+    def plainly(rows: Rows) -> _Sums:
         z = effective(options, rows)
-        return _record(options, rows, z, stats.max, jnp.sum(exponentials(z, stats.max), -1), jnp.sum)
+        return _record(options, rows, z, maximum, jnp.sum(exponentials(z, maximum), -1), jnp.sum)
 
-    return stats, jax.jvp(plainly, primals, tangents)[1]
+    return sums, jax.jvp(plainly, primals, tangents)[1]
 
 
-def _record(
-    options: Options, rows: Rows, z: Array, maximum: Array, rest: Array, add: Any, take: Any = pick
-) -> RowStats:
+def _record(options: Options, rows: Rows, z: Array, maximum: Array, rest: Array, add: Any, take: Any = pick) -> _Sums:
     """The other sums of rows with effective logits `z`. `add` sums up the last axis, `take` is a form of `pick`."""
 
     def below() -> Array:
@@ -227,11 +239,11 @@ def _record(
     def gap(weights: Array) -> Gap:
         return Gap(add(times(weights.astype(maximum.dtype), below()), -1), add(weights.astype(maximum.dtype), -1))
 
-    target = smoothing = spread = None
+    target = smoothing = spread = uniform = None
     if rows.probs is not None:
         target = gap(rows.probs)
-    if options.label_smoothing and rows.smoothing_weights is None and rows.where is None:
-        smoothing = Gap(add(below(), -1), jnp.full_like(maximum, z.shape[-1]))
+    if _smooths_alike(options, rows):
+        uniform = add(below(), -1)
     elif options.label_smoothing:
         smoothing = gap(smoothing_distribution(z, maximum.dtype, rows.smoothing_weights, rows.where))
     if options.return_aux:
@@ -239,10 +251,10 @@ def _record(
         distance = jnp.minimum(below(), jnp.finfo(maximum.dtype).max)
         spread = add(jnp.exp(-distance) * distance, -1)
     picked = None if rows.indices is None else take(z, rows.indices)[..., 0].astype(maximum.dtype)
-    return RowStats(maximum, rest, picked, target, smoothing, spread)
+    return _Sums(RowStats(maximum, rest, picked, target, smoothing, spread), uniform)
 
 
-def _fused(options: Options, rows: Rows) -> RowStats:
+def _fused(options: Options, rows: Rows) -> _Sums:
     """For compilers that fuse: passes over the logits, the first of which finds the maximum and the label's logit."""
     z = effective(options, rows)
     if rows.indices is None:
@@ -271,26 +283,26 @@ def _without_maximum(e: Array, add: Any) -> Array:
 # --- on CPU ---------------------------------------------------------------------------------------------------------
 
 
-def _on_cpu(options: Options, keep: bool, likes: RowStats, rows: Rows) -> RowStats:
-    like = likes.max
+def _on_cpu(options: Options, keep: bool, likes: _Sums, rows: Rows) -> _Sums:
+    like = likes.stats.max
     rows = _flat(rows, like.shape)
     N, V = rows.logits.shape
 
-    def step(i: Array, state: tuple[RowStats, Rows]) -> tuple[RowStats, Rows]:
-        stats, rows = state
+    def step(i: Array, state: tuple[_Sums, Rows]) -> tuple[_Sums, Rows]:
+        sums, rows = state
         start = jnp.minimum(i * size, N - size)  # the last rows may be worked on twice
         part: Rows = jax.tree.map(lambda x: x if len(x) == 1 else _slice_of(x, start, size), rows)
         new = _of_chunk(options, part)
-        stats = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), stats, new)
-        return stats, lax.optimization_barrier(rows)  # so that nothing is done to all of them before the loop
+        sums = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), sums, new)
+        return sums, lax.optimization_barrier(rows)  # so that nothing is done to all of them before the loop
 
     if _is_small(rows.logits) or not isinstance(N, int) or (keep and _keeps(options, rows)):
-        stats = _of_chunk(options, rows)
+        sums = _of_chunk(options, rows)
     else:
         chunks = -(-N // max(_CHUNK // V, 1))
         size = -(-N // chunks)
-        stats, _ = lax.fori_loop(0, chunks, step, (jax.tree.map(lambda x: x.reshape(N), likes), rows))
-    shaped: RowStats = jax.tree.map(lambda x: x.reshape(like.shape), stats)
+        sums, _ = lax.fori_loop(0, chunks, step, (jax.tree.map(lambda x: x.reshape(N), likes), rows))
+    shaped: _Sums = jax.tree.map(lambda x: x.reshape(like.shape), sums)
     return shaped
 
 
@@ -318,7 +330,7 @@ def _flat(rows: Rows, batch: tuple[int, ...]) -> Rows:
     return flat._replace(logits=own(rows.logits), indices=None if rows.indices is None else own(rows.indices))
 
 
-def _of_chunk(options: Options, rows: Rows) -> RowStats:
+def _of_chunk(options: Options, rows: Rows) -> _Sums:
     def add(x: Array, axis: int) -> Array:
         if x.shape[axis] <= _SHORT and _is_small(x):
             return jnp.matmul(lax.optimization_barrier(x), jnp.ones(x.shape[axis], x.dtype), precision="highest")

@@ -24,7 +24,12 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 
 def in_chunks(options: Options, rows: sums.Rows) -> RowStats:
     like = jnp.zeros(rows.logits.shape[:-1], jnp.float32)
-    return sums._on_cpu(options, False, RowStats(like, like, None if rows.indices is None else like), rows)
+    likes = sums._Sums(RowStats(like, like, None if rows.indices is None else like))
+    return sums._on_cpu(options, False, likes, rows).stats
+
+
+def in_one_piece(options: Options, rows: sums.Rows) -> RowStats:
+    return sums._fused(options, rows).stats
 
 
 @pytest.fixture(params=["fused", "short", "one chunk", "chunks"])
@@ -34,7 +39,7 @@ def form(request, monkeypatch):
         monkeypatch.setattr(sums, "_SHORT", 0)
     if request.param == "chunks":
         monkeypatch.setattr(sums, "_CHUNK", 100)
-    return sums._fused if request.param == "fused" else in_chunks
+    return in_one_piece if request.param == "fused" else in_chunks
 
 
 @pytest.mark.parametrize("label", [True, False])
