@@ -8,7 +8,7 @@ to `EAGER`, tests without jit in a process that stays, in seconds: nothing is co
 for what has to be compiled anew; what a mutant does not change comes from a compilation cache that all runs share. One
 that no test has caught when its time is up counts as a survivor, so the rate is a lower bound.
 
-Left out: tests that take long or compile for TPU, and files that test the surroundings (notebooks, README, examples).
+Left out: tests that compile for TPU, and files that test the surroundings (notebooks, README, examples).
 So what only those would notice survives here: layout, donation, barriers, and code that runs on accelerators alone.
 
 Of the tools for this, mutmut leaves decorated functions alone (all the JVP rules) and forks a process in which JAX
@@ -44,6 +44,7 @@ DENSE = [
     "sweep",
     "numbers::test_every_gradient_with_random_cotangents",
     "numbers",
+    "temperature",
     "axis_name",
     "checks",
 ]
@@ -77,13 +78,7 @@ EQUIVALENT = {
         ("indices.shape[-1] <= _MAX_COMPARED or explicitly_sharded(array, indices) -> True",),
     ): "both ways to put give the same numbers",
     (
-        "jaxce/targets.py",
-        "if targets.probs is None and ignore_index is None:",
-        ("ignore_index is None -> False", "targets.probs is None and ignore_index is None -> False"),
-    ): "ones instead of None",
-    ("jaxce/sums.py", "elif spec.smoothing:", ("spec.smoothing -> True",)): "computed and not used",
-    (
-        "jaxce/sums.py",
+        "jaxce/stats.py",
         "return jnp.where((low + high >= 0.5) & (low + high < 1.5), low, low + (high - 1))",
         ("low + high >= 0.5 -> low + high > 0.5", "0.5 -> 0.625", "low + high < 1.5 -> low + high <= 1.5"),
     ): "the sum is 0 or at least 1, and at 1.5 both ways are exact to a few ulps",
