@@ -133,7 +133,9 @@ def checked(
     if _is(1, temperature):
         temperature = None
     else:
-        temperature = jnp.broadcast_to(checks.temperature(temperature, batch).astype(dtype), batch)
+        temperature = jnp.asarray(checks.temperature(temperature, batch), dtype)
+        one = (temperature > 0).astype(dtype)  # a traced one that is not positive becomes NaN
+        temperature = jnp.broadcast_to(temperature * (one / one), batch)
     if class_weights is not None:
         num_classes = math.prod(full[i] for i in class_axes)
         class_weights = checks.class_weights(class_weights, num_classes).astype(dtype)

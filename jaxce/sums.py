@@ -142,14 +142,13 @@ def exponentials(logits: Array, maximum: Array) -> Array:
     return jnp.exp(logits.astype(maximum.dtype) - shift(maximum)[..., None])
 
 
-# `max` only fixes where the other numbers are measured from, so it is a constant of all derivatives. And what is not
-# finite has none: it must not turn a zero cotangent into NaN on the way back.
+# What is not finite has no derivative: it must not turn a zero cotangent into NaN on the way back.
 
 
 @exponentials.defjvp
 def _exponentials_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     e = exponentials(*primals)
-    return e, jnp.where(jnp.isfinite(e), e, 0) * tangents[0].astype(e.dtype)
+    return e, jnp.where(jnp.isfinite(e), e, 0) * (tangents[0].astype(e.dtype) - tangents[1][..., None])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -187,7 +186,7 @@ def _exponentials_for_gradient_jvp(
     rows, maximum = primals
     e = exponentials_for_gradient(options, again, rows, maximum)
     dz = jax.jvp(functools.partial(effective, options), (rows,), (tangents[0],))[1]
-    return e, e * dz.astype(e.dtype)
+    return e, e * (dz.astype(e.dtype) - tangents[1][..., None])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -220,10 +219,16 @@ def _smooths_alike(options: Options, rows: Rows) -> bool:
 @_sums.defjvp
 def _sums_jvp(options: Options, keep: bool, primals: tuple[Rows], tangents: tuple[Rows]) -> tuple[_Sums, _Sums]:
     sums = _sums(options, keep, *primals)
-    maximum = sums.stats.max
 
     def plainly(rows: Rows) -> _Sums:
         z = effective(options, rows)
+        maximum = lax.stop_gradient(sums.stats.max)
+        if not options.axis_name:
+            # `max` only fixes where the other numbers are measured from, so anything may stand for its derivative. With
+            # that of the largest logit, the derivative of `rest` is as free of the largest class as `rest` is.
+            largest = pick(z, jnp.argmax(z, -1, keepdims=True))[..., 0].astype(maximum.dtype)
+            largest = jnp.where(jnp.isfinite(largest), largest, 0)
+            maximum = maximum + (largest - lax.stop_gradient(largest))
         return _record(options, rows, z, maximum, jnp.sum(exponentials(z, maximum), -1), jnp.sum)
 
     return sums, jax.jvp(plainly, primals, tangents)[1]

@@ -272,9 +272,9 @@ def draw(seed: int, index: int) -> Case:
         shape = (*lead, *batch)
         if steps is None and batch and maybe(0.4):
             shape = pick((), batch[1:], (1,) * len(batch), (*batch[:-1], 1))
-        params["temperature"] = np.asarray(
-            2 ** rng.uniform(-3, 3, shape), pick(F32, F32, BF16, F16, F64 if case.x64 else F32)
-        )
+        powers = rng.uniform(-3, 3, shape)
+        powers = np.round(powers) if case.x64 else powers  # so that the quotients of the oracle are exact
+        params["temperature"] = np.asarray(2**powers, pick(F32, F32, BF16, F16, F64 if case.x64 else F32))
     if "label_smoothing" in options and maybe(0.3) and (not gone.any() or cap):
         if maybe(0.6):
             params["label_smoothing"] = np.asarray(pick(0.1, 0.2, 1.0, 0.0), F32)
@@ -516,7 +516,9 @@ def _evaluate(case: Case) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
             (_, (loss, aux)), grads, second = _exported(case, program, params, traced)
         else:
             eagerly = transform == "eager" or transform.startswith("debug")
-            params = {n: jnp.asarray(x) for n, x in params.items()} if eagerly and case.mesh is None else params
+            if eagerly and case.mesh is None:
+                with jax.debug_nans(False), jax.debug_infs(False):  # what is given may hold some
+                    params = {n: jnp.asarray(x) for n, x in params.items()}
             (_, (loss, aux)), grads, second = (program if eagerly else jax.jit(program))(params, traced)
         return loss, aux, grads, second
 
@@ -790,12 +792,12 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     magnitude = abs(cl) + abs(ch) * 100 + abs(b) + aw * (1 + z_loss * 1e3)
     bounded = bounded + masked(np.ones((N, V)) * (8 * V * tiny * magnitude)[:, None])
     if tempered:  # −Σ dz·z/T, where logits are given with z below the largest of them
-        distance, of_offset = finite_below, abs(np.where(bad, 0, lse.value - problem.softmax.log_sum))
-        of_offset = of_offset * (abs(cl) + 2 * aw * z_loss * (abs(lse.value) + off))
+        distance, largest = finite_below, np.where(bad, 0, lse.value - problem.softmax.log_sum)
+        value = np.sum(dz * distance, -1) - largest * (cl + 2 * cts.loss * w_rows * z_loss * lse.value)
+        of_largest = abs(largest) * (abs(cl) + 2 * aw * z_loss * (abs(lse.value) + off))
         if case.function == "linear":
-            distance, of_offset = np.where(np.isfinite(z), abs(z), 0), 0 * of_offset
-        value = -np.sum(dz * np.where(np.isfinite(z), z, 0), -1)
-        unit = np.sum(dz_size * distance, -1) + of_offset
+            distance, of_largest = np.where(np.isfinite(z), abs(z), 0), 0 * of_largest
+        unit = np.sum(dz_size * distance, -1) + of_largest
         error_t = np.sum(bounded * distance + dz_size * error, -1) + (V + relative + 8) * eps * unit
         parts, shape = (x / temperature[:, 0] for x in (value, unit, error_t)), params["temperature"].shape
         value, unit, error_t = (_summed_to(x.reshape(case.batch), shape) for x in parts)
@@ -963,6 +965,8 @@ def second_derivatives(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     curved = 4 * most * size * (1 + 1 / case.constants.get("logit_softcap", np.inf))
     D = params["hidden"].shape[-1] if case.function == "linear" else 0
     error_2 = curved * (2 * slack * eps + 6 * off[:, None] + 2 * (D + 2) * eps)
+    magnitude = sum(abs(up(c)).max(initial=0) for c in case.cotangents.values())
+    error_2 = error_2 + 8 * V * float(np.finfo(case.dtype).smallest_normal) * magnitude * (1 + most)  # flushed to 0
     h_step = 1e-3 / (1 + most.max(initial=0))
     ends = {}
     for i in (-2, -1, 1, 2):
@@ -1086,7 +1090,7 @@ def _differences(case: Case, loss: Any, aux: Any, grads: dict[str, Any], second:
         if arg.dtype != case.dtype:
             rounding = oracle.half_ulp(abs(value) + bound, arg.dtype)
             if parts > 1 and not (tokens or name in ("logits", "hidden", "targets")):
-                rounding = parts * oracle.half_ulp(size + bound, arg.dtype)
+                rounding = (2 * parts - 1) * oracle.half_ulp(size + bound, arg.dtype)  # each part, and each sum
             bound = bound + rounding
         expect(f"gradient of {name}", got, value, bound, arg.dtype, nan=nan, skip=skip)
     if second and not problems:

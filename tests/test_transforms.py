@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from jax.experimental.jet import jet
 from jax.sharding import AxisType
@@ -186,6 +187,40 @@ def test_hessian(kind, implementation, logits, rng):
     np.testing.assert_allclose(jax.jit(jax.jacrev(jax.grad(f)))(z), wanted, atol=RTOL)
     np.testing.assert_allclose(jax.jvp(jax.grad(f), (z,), (v,))[1], product, atol=RTOL * np.abs(v).max())
     np.testing.assert_allclose(jax.vjp(jax.grad(f), z)[1](v)[0], product, atol=RTOL * np.abs(v).max())
+
+
+@pytest.mark.parametrize("lead", [3.0, 20.0, 60.0])
+@pytest.mark.parametrize("options", [{}, {"return_aux": True}, {"temperature": 0.5}], ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_second_derivatives_of_a_confident_row(sparse, options, lead, rng):
+    """Small as they are, they have their digits: in the label's logit as well, where a sum that holds it has none left.
+
+    For a direction v it is p_j Σ p_k (v_j − v_k).
+    """
+    z, v = (rng.normal(size=(N, V)).astype(np.float32) for _ in range(2))
+    labels = np.arange(N) % V
+    z[np.arange(N), labels] = z.max(-1) + np.float32(lead)
+    targets = labels
+    if sparse:
+        targets = jaxce.SparseTargets(np.stack([labels, (labels + 1) % V], -1), np.float32([[1, 0]] * N))
+    scale = options.get("temperature", 1.0)
+    p = oracle.softmax(z.astype(np.float64) / scale).p / scale
+    terms = p[:, :, None] * p[:, None, :] * (v[:, :, None].astype(np.float64) - v[:, None, :])
+
+    def dense(z):
+        loss = softmax_cross_entropy(z, targets, reduction="sum", **options)
+        return loss[0] if isinstance(loss, tuple) else loss
+
+    def linear(mode):
+        def of(z):
+            loss = jaxce.linear_cross_entropy(z, jnp.eye(V), targets, reduction="sum", mode=mode, **options)
+            return loss[0] if isinstance(loss, tuple) else loss
+
+        return of
+
+    for loss in dense, linear("recompute"), linear("store"):
+        got = jax.jit(lambda z, v, loss=loss: jax.jvp(jax.grad(loss), (z,), (v,))[1])(z, v)
+        assert np.all(abs(got - terms.sum(-1)) <= (64 + 4 * lead) * EPS * abs(terms).sum(-1))
 
 
 # --- control flow and program structure -----------------------------------------------------------------------------
