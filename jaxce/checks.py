@@ -143,10 +143,10 @@ def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
 
 
 def temperature(x: Any, batch: tuple[int, ...]) -> jax.Array:
-    x = _by_example("temperature", x, batch, "one number, or one per example", "")
-    if not isinstance(x, jax.core.Tracer) and not np.all((np.asarray(x) > 0) & np.isfinite(x)):
-        fail(ValueError, "temperature", "finite numbers > 0", describe(x) if x.ndim else str(x))
-    return x
+    array = _by_example("temperature", x, batch, "one number, or one per example", "")
+    if not isinstance(array, jax.core.Tracer) and not np.all((np.asarray(array) > 0) & np.isfinite(array)):
+        fail(ValueError, "temperature", "finite numbers > 0", describe(array) if array.ndim else str(array))
+    return array
 
 
 def _by_example(name: str, x: Any, batch: tuple[int, ...], what: str, hint: str) -> jax.Array:
