@@ -29,6 +29,7 @@ import jaxce
 from benchmarks import gpu_check, hlo, measure, tpu
 from jaxce.linear import chips, costs
 from jaxce.linear import plan as plans
+from jaxce.types import Mode
 
 Args = tuple[jax.Array, ...]
 
@@ -74,7 +75,7 @@ def _of_layer(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Ar
     return materialised(hidden @ kernel, labels)
 
 
-def _jaxce(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, mode: str | None = None) -> jax.Array:
+def _jaxce(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, mode: Mode | None = None) -> jax.Array:
     return jaxce.linear_cross_entropy(hidden, kernel, labels, reduction="mean", mode=mode)
 
 

@@ -75,7 +75,7 @@ def _tokamax(implementation, hidden, kernel, labels):
     )
 
 
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "jaxce": {},
     "jaxce store": {"mode": "store"},
     "jaxce recompute": {"mode": "recompute"},

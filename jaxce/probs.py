@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,21 @@ from jaxce.compose import compose, who_counts
 from jaxce.layout import classes_last, sharded_alike
 from jaxce.lookup import pick
 from jaxce.stats import Terms, times, working_dtype
-from jaxce.targets import entry_probs, is_class
+from jaxce.targets import Targets, entry_probs, is_class
+from jaxce.types import ArrayLike, Axis, Reduction, takes_variables
 
 
+@takes_variables
 def cross_entropy_from_probs(
-    probs: Any,
-    targets: Any,
-    axis: int | tuple[int, ...] | None = -1,
+    probs: ArrayLike,
+    targets: Targets,
+    axis: Axis = -1,
     *,
-    weights: Any = None,
-    class_weights: Any = None,
-    label_smoothing: Any = 0.0,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
     ignore_index: int | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
 ) -> Array:
     r"""Cross-entropy between predicted probabilities and targets.
 

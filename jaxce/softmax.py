@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce import autodiff, checks
+from jaxce import autodiff, checks, types
 from jaxce.arguments import Examples, Options, Shared, checked, of_nll, of_terms
 from jaxce.compose import CrossEntropyAux, compose, who_counts
 from jaxce.gradient import factors, gradient
@@ -21,45 +21,70 @@ from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import mask_like, on_this_device, shard_count, shard_start, sum_over, vary, varying
 from jaxce.stats import RowStats, Terms, finish, finite, merge_argmax, merge_shards, working_dtype
 from jaxce.sums import Rows, effective, row_stats, rows_of
+from jaxce.targets import Targets
+from jaxce.types import ArrayLike, Axis, AxisName, Implementation, Reduction, takes_variables
+
+
+class DenseOptions(types.Options[ArrayLike], total=False):
+    labels: Targets
 
 
 @overload
 def softmax_cross_entropy(
-    logits: Any, targets: Any = None, axis: Any = -1, where: Any = None, *, return_aux: Literal[True], **options: Any
+    logits: ArrayLike,
+    targets: Targets | None = None,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    return_aux: Literal[True],
+    **options: Unpack[DenseOptions],
 ) -> tuple[Array, CrossEntropyAux]: ...
 
 
 @overload
 def softmax_cross_entropy(
-    logits: Any,
-    targets: Any = None,
-    axis: Any = -1,
-    where: Any = None,
+    logits: ArrayLike,
+    targets: Targets | None = None,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
     *,
     return_aux: Literal[False] = False,
-    **options: Any,
+    **options: Unpack[DenseOptions],
 ) -> Array: ...
 
 
-def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what does not change the return type
-    logits: Any,
-    targets: Any = None,
-    axis: int | tuple[int, ...] | None = -1,
-    where: Any = None,
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    targets: Targets | None = None,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
     *,
-    weights: Any = None,
-    class_weights: Any = None,
-    label_smoothing: Any = 0.0,
+    return_aux: bool,
+    **options: Unpack[DenseOptions],
+) -> Array | tuple[Array, CrossEntropyAux]: ...
+
+
+@takes_variables
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    targets: Targets | None = None,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
     ignore_index: int | None = None,
-    z_loss: Any = 0.0,
+    z_loss: ArrayLike = 0.0,
     logit_softcap: float | None = None,
-    temperature: Any = 1.0,
-    reduction: str = "none",
-    axis_name: str | tuple[str, ...] | None = None,
-    batch_axis_name: str | tuple[str, ...] | None = None,
+    temperature: ArrayLike = 1.0,
+    reduction: Reduction = "none",
+    axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
     return_aux: bool = False,
-    implementation: str | None = None,
-    labels: Any = None,
+    implementation: Implementation | None = None,
+    labels: Targets | None = None,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy between logits and class indices, probabilities or sparse probabilities.
 
@@ -155,8 +180,9 @@ def softmax_cross_entropy(  # type: ignore[misc]  # the overloads leave out what
     )
 
 
+@takes_variables
 def softmax_cross_entropy_with_integer_labels(
-    logits: Any, labels: Any, axis: int | tuple[int, ...] = -1, where: Any = None
+    logits: ArrayLike, labels: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
 ) -> Array:
     r"""Softmax cross-entropy between logits and class indices, under optax's name and with its arguments.
 

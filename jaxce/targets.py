@@ -17,6 +17,7 @@ from jaxce.label_check import check_labels
 from jaxce.serialization import serializable
 from jaxce.sharding import AxisNames, explicitly_sharded, on_this_device, sum_over
 from jaxce.stats import working_dtype
+from jaxce.types import ArrayLike, array_of
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "probs"], meta_fields=[])
@@ -45,6 +46,7 @@ class SparseTargets:
 
 
 serializable(SparseTargets)
+Targets = ArrayLike | SparseTargets
 
 
 def sort_by_kind(
@@ -61,6 +63,7 @@ def sort_by_kind(
     as logits. The last result is the number that ignored labels have in the first.
     """
     if isinstance(targets, SparseTargets):
+        targets = SparseTargets(array_of(targets.indices), array_of(targets.probs))
         indices, ignored = class_indices("targets.indices", targets.indices, ignore_index)
         checks.indices("targets.indices", indices, batch, full, sparse=True)
         probs = checks.float_array("targets.probs", targets.probs)

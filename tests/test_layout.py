@@ -22,6 +22,7 @@ PACKAGE = pathlib.Path(jaxce.__file__).parent
 # Each module may import those before it. A new module has to be given its place here.
 ORDER = [
     "jaxce.checks",
+    "jaxce.types",
     "jaxce.primitives",
     "jaxce.label_check",
     "jaxce.on_cpu",

@@ -12,6 +12,7 @@ from jax import Array
 
 from jaxce import checks
 from jaxce.stats import working_dtype
+from jaxce.types import ArrayLike, takes_variables
 
 
 def _real(name: str, x: Any) -> Array:
@@ -22,7 +23,8 @@ def _real(name: str, x: Any) -> Array:
     return array.astype(working_dtype(array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else jnp.float32))
 
 
-def chance_loss(num_classes: int | None = None, *, priors: Any = None) -> Array:
+@takes_variables
+def chance_loss(num_classes: int | None = None, *, priors: ArrayLike | None = None) -> Array:
     r"""The loss of guessing: without knowledge, or knowing how frequent each class is.
 
     .. math::
@@ -71,7 +73,8 @@ def chance_loss(num_classes: int | None = None, *, priors: Any = None) -> Array:
     return jnp.where(valid, entropy, jnp.nan)
 
 
-def perplexity(loss: Any) -> Array:
+@takes_variables
+def perplexity(loss: ArrayLike) -> Array:
     r"""How many equally likely classes the model hesitates between.
 
     .. math::
@@ -97,7 +100,8 @@ def perplexity(loss: Any) -> Array:
     return jnp.exp(_real("loss", loss))
 
 
-def bits(loss: Any) -> Array:
+@takes_variables
+def bits(loss: ArrayLike) -> Array:
     r"""A loss in bits instead of nats.
 
     .. math::
@@ -123,7 +127,10 @@ def bits(loss: Any) -> Array:
     return _real("loss", loss) / math.log(2)
 
 
-def skill(loss: Any, num_classes: int | None = None, *, priors: Any = None, chance: Any = None) -> Array:
+@takes_variables
+def skill(
+    loss: ArrayLike, num_classes: int | None = None, *, priors: ArrayLike | None = None, chance: ArrayLike | None = None
+) -> Array:
     r"""Which part of the loss of guessing is gone: 0 is guessing, 1 is perfect, below 0 is worse than guessing.
 
     .. math::
@@ -158,7 +165,8 @@ def skill(loss: Any, num_classes: int | None = None, *, priors: Any = None, chan
     return 1 - nats.astype(dtype) / guess.astype(dtype)
 
 
-def accuracy_bound(loss: Any) -> Array:
+@takes_variables
+def accuracy_bound(loss: ArrayLike) -> Array:
     r"""The least accuracy that goes with a mean loss, whatever the number of classes.
 
     .. math::

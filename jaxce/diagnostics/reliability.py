@@ -12,6 +12,7 @@ from jax import Array
 
 from jaxce import checks
 from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes
+from jaxce.types import ArrayLike, takes_variables
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "confidences", "hits"], meta_fields=[])
@@ -75,8 +76,14 @@ def binned(made: Outcomes, num_bins: int) -> Calibration:
     return Calibration(by_bin(jnp.ones_like(made.nll)), by_bin(made.confidence), by_bin(made.hit))
 
 
+@takes_variables
 def calibration(
-    logits: Any, targets: Any, *, num_bins: int = 15, weights: Any = None, ignore_index: int | None = None
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    num_bins: int = 15,
+    weights: ArrayLike | None = None,
+    ignore_index: int | None = None,
 ) -> Calibration:
     r"""How often predictions made with a given confidence are right.
 
@@ -120,7 +127,10 @@ def _calibration(logits: Array, labels: Array, weights: Array, ignore_index: int
     return binned(outcomes(*flat(logits, labels, weights), ignore_index), num_bins)
 
 
-def brier(logits: Any, targets: Any, *, weights: Any = None, ignore_index: int | None = None) -> Array:
+@takes_variables
+def brier(
+    logits: ArrayLike, targets: ArrayLike, *, weights: ArrayLike | None = None, ignore_index: int | None = None
+) -> Array:
     r"""The mean squared error of the probabilities.
 
     .. math::

@@ -14,6 +14,7 @@ from jaxce import checks
 from jaxce.diagnostics import plots
 from jaxce.diagnostics.findings import findings
 from jaxce.diagnostics.summary import LOSS_EDGES, Summary, summarize
+from jaxce.types import ArrayLike, takes_variables
 
 LISTED_CLASSES = 10  # in the printed table; `per_class` has them all
 LISTED_EXAMPLES = 5
@@ -274,13 +275,14 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
         )
 
 
+@takes_variables
 def report(
-    logits: Any,
-    targets: Any,
+    logits: ArrayLike,
+    targets: ArrayLike,
     *,
     class_names: Sequence[str] | None = None,
     top_k: int | tuple[int, ...] | None = None,
-    weights: Any = None,
+    weights: ArrayLike | None = None,
     ignore_index: int | None = None,
     num_bins: int = 15,
     num_costliest: int = 10,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax import Array
 from jaxce import checks
 from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes
 from jaxce.diagnostics.reliability import Calibration, binned
+from jaxce.types import ArrayLike, takes_variables
 
 # Inner edges of the histogram of losses, five to a decade, so that records of any two runs can be merged. All that is
 # below the first is in the first bin, all above the last in the last.
@@ -94,11 +94,12 @@ class Summary:
     top_k: tuple[int, ...]
 
 
+@takes_variables
 def summarize(
-    logits: Any,
-    targets: Any,
+    logits: ArrayLike,
+    targets: ArrayLike,
     *,
-    weights: Any = None,
+    weights: ArrayLike | None = None,
     ignore_index: int | None = None,
     top_k: int | tuple[int, ...] | None = None,
     num_bins: int = 15,

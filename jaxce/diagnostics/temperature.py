@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +11,18 @@ from jax import Array, lax
 from jaxce import checks
 from jaxce.diagnostics.outcomes import checked, flat
 from jaxce.softmax import softmax_cross_entropy
+from jaxce.types import ArrayLike, takes_variables
 
 _State = tuple[Array | int, Array, Array, Array, Array]  # step, bracket, where it is, and where it was before
 _MAX_STEPS = 60  # bisection alone gets from [1e-3, 1e3] to float64's last digit in fewer
 
 
+@takes_variables
 def fit_temperature(
-    logits: Any,
-    targets: Any,
+    logits: ArrayLike,
+    targets: ArrayLike,
     *,
-    weights: Any = None,
+    weights: ArrayLike | None = None,
     ignore_index: int | None = None,
     bounds: tuple[float, float] = (1e-3, 1e3),
 ) -> Array:

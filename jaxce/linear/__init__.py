@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, overload
+from typing import Any, Generic, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.lax import PrecisionLike
 
-from jaxce import checks
+from jaxce import checks, types
 from jaxce.arguments import Examples, Options, Projection, Shared, checked
 from jaxce.compose import Counts, CrossEntropyAux, who_counts
 from jaxce.linear import blocks, chips, mesh, recompute, store
@@ -21,44 +22,80 @@ from jaxce.linear.plan import LinearPlan
 from jaxce.sharding import explicit_mesh, vary
 from jaxce.softmax import loss_of_logits
 from jaxce.stats import matmul_dtype, working_dtype
+from jaxce.targets import Targets
+from jaxce.types import Array_, ArrayLike, AxisName, Implementation, Mode, Platform, Reduction, Shape, takes_variables
+
+VocabAxis = Literal[0, 1, -1, -2]
+
+
+class LinearOptions(types.Options[Array_], Generic[Array_], total=False):
+    bias: Array_ | None
+    vocab_axis: VocabAxis
+    where: Array_ | None
+    mode: Mode | None
+    memory_budget: int | None
+    plan: LinearPlan | None
+    precision: PrecisionLike
 
 
 @overload
 def linear_cross_entropy(
-    hidden: Any, kernel: Any, targets: Any, *, return_aux: Literal[True], **options: Any
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    targets: Targets,
+    *,
+    return_aux: Literal[True],
+    **options: Unpack[LinearOptions[ArrayLike]],
 ) -> tuple[Array, CrossEntropyAux]: ...
 
 
 @overload
 def linear_cross_entropy(
-    hidden: Any, kernel: Any, targets: Any, *, return_aux: Literal[False] = False, **options: Any
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    targets: Targets,
+    *,
+    return_aux: Literal[False] = False,
+    **options: Unpack[LinearOptions[ArrayLike]],
 ) -> Array: ...
 
 
-def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what does not change the return type
-    hidden: Any,
-    kernel: Any,
-    targets: Any,
+@overload
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    targets: Targets,
     *,
-    bias: Any = None,
-    vocab_axis: int = 1,
-    where: Any = None,
-    weights: Any = None,
-    class_weights: Any = None,
-    label_smoothing: Any = 0.0,
+    return_aux: bool,
+    **options: Unpack[LinearOptions[ArrayLike]],
+) -> Array | tuple[Array, CrossEntropyAux]: ...
+
+
+@takes_variables
+def linear_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    targets: Targets,
+    *,
+    bias: ArrayLike | None = None,
+    vocab_axis: VocabAxis = 1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
     ignore_index: int | None = None,
-    z_loss: Any = 0.0,
+    z_loss: ArrayLike = 0.0,
     logit_softcap: float | None = None,
-    temperature: Any = 1.0,
-    reduction: str = "none",
-    axis_name: str | tuple[str, ...] | None = None,
-    batch_axis_name: str | tuple[str, ...] | None = None,
+    temperature: ArrayLike = 1.0,
+    reduction: Reduction = "none",
+    axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
     return_aux: bool = False,
-    implementation: str | None = None,
-    mode: str | None = None,
+    implementation: Implementation | None = None,
+    mode: Mode | None = None,
     memory_budget: int | None = None,
     plan: LinearPlan | None = None,
-    precision: Any = None,
+    precision: PrecisionLike = None,
 ) -> Array | tuple[Array, CrossEntropyAux]:
     r"""Softmax cross-entropy of the logits `hidden @ kernel + bias`, without ever holding the logits.
 
@@ -120,7 +157,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
       Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024; Hsu et al., "Liger Kernel", 2024,
       section 3.2, for gradients computed along with the loss.
     """
-    arguments = {
+    arguments: dict[str, Any] = {
         "hidden": hidden,
         "kernel": kernel,
         "targets": targets,
@@ -158,8 +195,15 @@ def linear_cross_entropy(  # type: ignore[misc]  # the overloads leave out what 
     return result
 
 
+@takes_variables
 def plan_linear_cross_entropy(
-    hidden: Any, kernel: Any, targets: Any, *, platform: str | None = None, **options: Any
+    hidden: Shape,
+    kernel: Shape,
+    targets: Targets | jax.ShapeDtypeStruct,
+    *,
+    platform: Platform | None = None,
+    return_aux: bool = False,
+    **options: Unpack[LinearOptions[Shape]],
 ) -> LinearPlan:
     r"""What `jaxce.linear_cross_entropy` will do with the same arguments: mode, block sizes, memory, operations.
 
@@ -173,7 +217,7 @@ def plan_linear_cross_entropy(
       hidden, kernel, targets: as there; arrays or `jax.ShapeDtypeStruct`. Nothing is computed. Of what is split over
         devices, give one device's share: plan and budget are for each.
       platform: `"cpu"`, `"tpu"` or `"gpu"`: what the program is compiled for. None: what this process runs on.
-      options: as there.
+      return_aux, options: as there.
 
     Returns:
       A `LinearPlan`; `print` shows it.
@@ -195,10 +239,9 @@ def plan_linear_cross_entropy(
       from a model, `jaxce.linear.costs`.
     """
     checks.one_of("platform", platform, (None, *plans.PLATFORMS))
-    problem = problem_of(hidden=hidden, kernel=kernel, targets=targets, **options)
-    platform = platform or chips.chip()[0]
+    problem = problem_of(hidden=hidden, kernel=kernel, targets=targets, return_aux=return_aux, **options)
     mode, memory_budget = options.get("mode"), options.get("memory_budget")
-    return options.get("plan") or plans.make_plan(problem, platform, mode, memory_budget)
+    return options.get("plan") or plans.make_plan(problem, platform or chips.chip()[0], mode, memory_budget)
 
 
 def problem_of(**arguments: Any) -> Problem:

@@ -6,32 +6,34 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxce import checks
-from jaxce.linear import arrays_and_constants, chips, linear_cross_entropy, problem_of
+from jaxce.linear import LinearOptions, arrays_and_constants, chips, linear_cross_entropy, problem_of
 from jaxce.linear import plan as plans
 from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan, Timing
+from jaxce.targets import Targets
+from jaxce.types import Shape, takes_variables
 
 _SLOW = 1.25  # times the fastest so far: such a plan is not timed again
 _SLOW_TO_WARM_UP = 1.5  # times the fastest first run, in which a program also gets its memory
 _NOISE = 1.03  # times the fastest: the default is as good as that
 
 
+@takes_variables
 def tune_linear_cross_entropy(
-    hidden: Any,
-    kernel: Any,
-    targets: Any,
+    hidden: Shape,
+    kernel: Shape,
+    targets: Targets | jax.ShapeDtypeStruct,
     *,
     seconds: float = 10.0,
-    mode: str | None = None,
-    memory_budget: int | None = None,
-    **options: Any,
+    return_aux: bool = False,
+    **options: Unpack[LinearOptions[Shape]],
 ) -> LinearPlan:
     r"""The plan that `jaxce.linear_cross_entropy` is fastest with, on the device that this process runs on.
 
@@ -51,9 +53,8 @@ def tune_linear_cross_entropy(
         random numbers are used.
       seconds: how long to time programs, roughly; those still in question run twice at least. Compiling and a first
         run of each come on top.
-      mode, memory_budget: as there, to choose from fewer plans. Programs that are found to need more than the budget
-        are left out as well.
-      options: as there.
+      return_aux, options: as there. With `mode` or `memory_budget` there are fewer plans to choose from; programs that
+        are found to need more than the budget are left out as well.
 
     Returns:
       A `LinearPlan`; `print` shows what was measured.
@@ -75,7 +76,9 @@ def tune_linear_cross_entropy(
     """
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float, np.number)) or not seconds > 0:
         checks.fail(ValueError, "seconds", "a number above 0", checks.describe(seconds))
-    arguments = {"hidden": hidden, "kernel": kernel, "targets": targets, **options}
+    arguments: dict[str, Any] = {"hidden": hidden, "kernel": kernel, "targets": targets, "return_aux": return_aux}
+    arguments |= options
+    mode, memory_budget = arguments.pop("mode", None), arguments.pop("memory_budget", None)
     for name in "axis_name", "batch_axis_name", "plan":
         if arguments.get(name) is not None:
             hint = "Tune with what one device gets, and use the plan inside the shard_map."

@@ -22,6 +22,7 @@ from jaxce.examples.language_model import processes
 from jaxce.examples.language_model.data import Dataset
 from jaxce.examples.language_model.model import HEAD_SIZE, LanguageModel, generate
 from jaxce.examples.language_model.report import Measures, bits_per_byte
+from jaxce.types import Mode
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -37,7 +38,7 @@ class Settings:
     """Everything that decides how training goes: on one machine and text, equal settings, equal curves."""
 
     loss: str
-    mode: str | None
+    mode: Mode | None
     tokens: str
     vocab_size: int | None  # asked for, and for byte pairs only; short texts may have fewer
     context: int
@@ -52,7 +53,7 @@ class Settings:
 # The loss, in either form.
 
 
-def make_loss(name: str, mode: str | None = None, mesh: Mesh | None = None) -> Loss:
+def make_loss(name: str, mode: Mode | None = None, mesh: Mesh | None = None) -> Loss:
     """The mean loss, as a function of hidden ``[B, T, D]``, table ``[V, D]`` and targets ``[B, T]``.
 
     With a mesh, the fused loss takes the table as it is: split over the devices.
