@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from typing import Any, Protocol
 
@@ -218,18 +219,24 @@ def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: 
 
 
 def alternatives(problem: Problem, platform: str, mode: str | None, memory_budget: int | None) -> list[LinearPlan]:
-    """Plans worth timing: the default first; then, of each mode, blocks from four times the preferred size down.
+    """Plans worth timing, the likeliest first: the default; then of each mode in turn, from its preferred size on.
 
     On GPU, those of each mode that the model finds fastest.
     """
-    found = [make_plan(problem, platform, mode, memory_budget)]
+    of_modes = []
     for each, method in METHODS.items():
         if each == (mode or each) and method.applies(problem):
             of_mode = list(_plans(problem, each, platform, chips.kind_of(platform), _LARGER))
             if platform == "gpu":
                 of_mode.sort(key=_predicted)
-            found += [plan for plan in of_mode if memory_budget is None or plan.temp_bytes <= memory_budget][:_TRIED]
-    return list(dict.fromkeys(found))
+            of_mode = [plan for plan in of_mode if memory_budget is None or plan.temp_bytes <= memory_budget][:_TRIED]
+            if platform != "gpu":  # from the largest down, so the preferred size is among the first
+                preferred = _plans(problem, each, platform, chips.kind_of(platform))[0]
+                at = of_mode.index(preferred) if preferred in of_mode else 0
+                of_mode = [plan for _, plan in sorted(enumerate(of_mode), key=lambda x: abs(x[0] - at))]
+            of_modes.append(of_mode)
+    in_turn = [plan for plans in itertools.zip_longest(*of_modes) for plan in plans if plan is not None]
+    return list(dict.fromkeys([make_plan(problem, platform, mode, memory_budget), *in_turn]))
 
 
 def _predicted(plan: LinearPlan) -> float:

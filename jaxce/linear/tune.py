@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Unpack
 
 import jax
@@ -22,6 +22,7 @@ from jaxce.types import Shape, takes_variables
 
 _SLOW = 1.25  # times the fastest so far: such a plan is not timed again
 _SLOW_TO_WARM_UP = 1.5  # times the fastest first run, in which a program also gets its memory
+_TRYING = 3  # times the seconds of timing that compiling and first runs may take, but for the first plan
 _NOISE = 1.03  # times the fastest: the default is as good as that
 
 
@@ -42,8 +43,9 @@ def tune_linear_cross_entropy(
 
     .. math:: \operatorname{argmin}_{\text{plan}} \operatorname{median}_i\, t_i(\text{plan})
 
-    What runs out of memory or takes longer than another by a quarter (by half, in the run that warms it up) is left out
-    of later rounds, and the default is chosen unless another is faster by 3 %.
+    The likeliest come first: the default, then blocks of near its size in each mode. What runs out of memory or takes
+    longer than another by a quarter (by half, in the run that warms it up) is left out of later rounds, and the default
+    is chosen unless another is faster by 3 %.
 
     Nothing is remembered: give the result to the loss, `linear_cross_entropy(..., plan=plan)`, and keep it in a file
     with `LinearPlan.to_json` if it is to be used again.
@@ -51,8 +53,8 @@ def tune_linear_cross_entropy(
     Args:
       hidden, kernel, targets: as there, of one device's size; arrays or `jax.ShapeDtypeStruct`, in place of which
         random numbers are used.
-      seconds: how long to time programs, roughly; those still in question run twice at least. Compiling and a first
-        run of each come on top.
+      seconds: how long to time programs, roughly; those still in question run twice at least. Compiling them and a
+        first run of each come before that: once they have taken three times as long, no other plan is tried.
       return_aux, options: as there. With `mode` or `memory_budget` there are fewer plans to choose from; programs that
         are found to need more than the budget are left out as well.
 
@@ -91,16 +93,32 @@ def tune_linear_cross_entropy(
     arrays, constants = arrays_and_constants(arguments)
     rest = _made(arrays, problem)
     given = {name: rest.pop(name) for name in ("hidden", "kernel")}, rest
-    notes, programs = {}, {}
-    for plan in _with_progress("compiling", found):
+    notes: dict[LinearPlan, str] = {}
+
+    def run(plan: LinearPlan, program: Any) -> float | None:
+        start = time.perf_counter()
+        try:
+            jax.block_until_ready(program(*given))
+        except jax.errors.JaxRuntimeError as error:
+            notes[plan] = _reason(error)
+            return None
+        return time.perf_counter() - start
+
+    programs: dict[LinearPlan, Any] = {}
+    first: dict[LinearPlan, float] = {}
+    end = time.perf_counter() + _TRYING * seconds
+    for plan in _with_progress("trying", found):
+        if first and time.perf_counter() > end:
+            notes[plan] = "not tried"
+            continue
         compiled = _compiled(plan, given, constants)
         if isinstance(compiled, str):
             notes[plan] = compiled
         elif memory_budget is not None and compiled.memory_analysis().temp_size_in_bytes > memory_budget:
             notes[plan] = "needs more than the budget"
-        else:
-            programs[plan] = compiled
-    times = _timed(programs, given, seconds, notes)
+        elif (taken := run(plan, compiled)) is not None:
+            programs[plan], first[plan] = compiled, taken
+    times = _timed(programs, first, run, seconds, notes)
     if not times:
         reasons = "; ".join(sorted(set(notes.values())))
         checks.fail(ValueError, "hidden", "arguments of which one plan can run here", reasons, "Try fewer tokens.")
@@ -156,33 +174,22 @@ def _reason(error: Exception) -> str:
 
 def _timed(
     programs: dict[LinearPlan, Any],
-    given: tuple[dict[str, Any], dict[str, Any]],
+    first: dict[LinearPlan, float],
+    run: Callable[[LinearPlan, Any], float | None],
     seconds: float,
     notes: dict[LinearPlan, str],
 ) -> dict[LinearPlan, list[float]]:
     """Seconds of each run of each program, in turn; why one has no more of them is written to `notes`."""
     times: dict[LinearPlan, list[float]] = {}
-
-    def run(plan: LinearPlan) -> float | None:
-        start = time.perf_counter()
-        try:
-            jax.block_until_ready(programs[plan](*given))
-        except jax.errors.JaxRuntimeError as error:
-            notes[plan] = _reason(error)
-            return None
-        return time.perf_counter() - start
-
-    first = {plan: run(plan) for plan in _with_progress("warming up", list(programs))}
-    ran = {plan: seconds for plan, seconds in first.items() if seconds is not None}
-    for plan, seconds_of_plan in ran.items():
-        if seconds_of_plan > _SLOW_TO_WARM_UP * min(ran.values()):
-            notes[plan], times[plan] = "slower", [seconds_of_plan]
+    for plan, taken in first.items():
+        if taken > _SLOW_TO_WARM_UP * min(first.values()):
+            notes[plan], times[plan] = "slower", [taken]
     end = time.perf_counter() + seconds
     for i in _with_progress("timing", range(50), end):
         racing = [plan for plan in programs if plan not in notes]
         for plan in racing if i % 2 == 0 else reversed(racing):
-            if (taken := run(plan)) is not None:
-                times.setdefault(plan, []).append(taken)
+            if (again := run(plan, programs[plan])) is not None:
+                times.setdefault(plan, []).append(again)
         if i == 0:
             continue
         medians = {plan: float(np.median(times[plan])) for plan in racing if plan not in notes}
