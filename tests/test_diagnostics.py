@@ -165,6 +165,7 @@ def test_temperature_against_scipy(rng, scale):
     assert found == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_temperature_at_its_limits():
     logits = jnp.array([[1.0, 0.0, -jnp.inf], [0.0, 2.0, 1.0]])
     right, wrong = jnp.array([0, 1]), jnp.array([1, 0])
@@ -446,6 +447,7 @@ def test_batch_axes_are_flattened(rng):
     assert_alike(diagnostics.report(logits.reshape(4, 6, 7), labels.reshape(4, 6)), diagnostics.report(logits, labels))
 
 
+@pytest.mark.slow
 def test_prints_an_aligned_table(rng):
     logits, labels = draw(rng, classes=12, scale=0.7)
     text = str(diagnostics.report(logits, labels, class_names=[f"class {c}" for c in range(12)]))

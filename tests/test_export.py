@@ -151,6 +151,7 @@ def test_plans_for_other_platforms():
         jaxce.plan_linear_cross_entropy(*arrays, platform="cuda")
 
 
+@pytest.mark.slow
 def test_what_a_mode_keeps_for_the_backward_pass():
     """As a scan over batches shows: that much more memory for each step, where the gradient is taken from outside."""
     n, d, v = 64, 16, 1024

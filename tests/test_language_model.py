@@ -193,6 +193,7 @@ def test_the_network_looks_at_nothing_behind(rng):
     assert (np.abs(hidden[0, 9:] - other[0, 9:]).max(-1) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_generates_what_is_likely_also_beyond_the_context():
     """When it is cold, every token is the likeliest after the context before it."""
     model = networks.LanguageModel(50, 8, 32, 1, nnx.Rngs(0))
@@ -396,6 +397,7 @@ def test_writes_history_and_curves(finished):
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10
 
 
+@pytest.mark.slow
 def test_ends_with_text_of_its_own(finished):
     _, path, printed = finished
     history = json.loads((path / "history.json").read_text())

@@ -236,6 +236,7 @@ def test_equals_the_dense_loss(rng, mode, reduction, kind, aux):
         np.testing.assert_array_equal(actual[1].prediction, wanted[1].prediction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "mask"), [("recompute", "class"), ("store", "token"), ("recompute", "both"), ("store", "both")]
 )
@@ -868,6 +869,7 @@ def test_each_output_alone_has_its_gradient(rng, mode, reduction):
             np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS * max(1, np.abs(b).max()), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reduction"), [("index", "sum"), ("index", "mean"), ("probs", "mean"), ("sparse", "sum")]
 )

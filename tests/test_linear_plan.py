@@ -56,6 +56,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kind", "mode"), pairwise(CASES, ["index", "probs", "sparse"], ["recompute", "store"])
 )

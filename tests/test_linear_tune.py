@@ -157,6 +157,7 @@ def test_it_times_programs(reduction, mode, rng):
         tune_linear_cross_entropy(hidden, kernel, no_such_option=1, **options)
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_is_done(rng):
     """Mode and blocks on every platform, and the loss and gradients of any other plan."""
     arrays = [jnp.asarray(rng.normal(size=s.shape), s.dtype) for s in SHAPES[:2]]

@@ -40,6 +40,7 @@ def test_every_linked_file_exists():
         assert link.startswith("https://") or (README.parent / link).exists(), link
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", re.findall(r"`python -m (jaxce[\w.]*)`", README.read_text()))
 def test_every_command_has_help(command):
     done = subprocess.run([sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=False)

@@ -176,6 +176,7 @@ def test_a_traced_one_that_is_not_positive_gives_nan(wrong):
         assert np.isnan(jax.jit(loss)(wrong)).all()
 
 
+@pytest.mark.slow
 def test_second_derivatives(rng):
     """Of the hand-written rule, against forward mode through plain JAX."""
     logits = jnp.asarray(rng.normal(size=(3, V)), jnp.float32)

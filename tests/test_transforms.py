@@ -156,6 +156,7 @@ def test_logits_that_are_computed_in_the_same_program(producer, implementation, 
 # --- derivatives of higher order ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_derivatives_of_every_order(implementation, rng):
