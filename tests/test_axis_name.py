@@ -415,6 +415,7 @@ def test_second_derivatives(rng):
     np.testing.assert_allclose(jax.jit(mapped)(z, labels, v), product(z, labels, v), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_vmap_scan_and_checkpoint(rng, mode):
     """A loop over parts of the batch, each recomputed for its gradient, of losses lifted over single tokens."""

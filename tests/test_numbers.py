@@ -159,6 +159,7 @@ WRONG = {  # the second row and its label; what is given for it, and a weight of
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wrong", "kind", "implementation"), pairwise(WRONG, ["index", "sparse"], IMPLEMENTATIONS))
 def test_no_factor_of_0_hides_what_is_wrong_with_a_row(implementation, kind, wrong):
     """Loss and gradient are NaN there for each of the losses, and in that row alone."""
@@ -204,6 +205,7 @@ def test_a_masked_class_may_hold_anything(implementation, kind, cap, rng):
     np.testing.assert_array_equal(wanted[1][:, 1], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @by_implementation
 @pytest.mark.parametrize(

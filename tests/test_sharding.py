@@ -206,6 +206,7 @@ def test_explicit_gradients_of_the_other_arguments(kind, logits, rng):
             assert jax.typeof(grads[name]).sharding.spec == batch[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_explicit_sharding_of_the_other_implementation(layout, logits, rng):
     labels = make_targets("index", rng)

@@ -112,6 +112,7 @@ def arguments(rng) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(rng.standard_normal(ROWS), jnp.float32), jnp.asarray(rng.integers(0, v, n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (1, 0)])
 def test_vmap_works_on_all_rows_in_chunks(rng, axes):
     """A loss of one row, lifted to many, is the loss of many rows."""
