@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import Array
@@ -19,10 +19,7 @@ from jaxce import checks
 from jaxce.sharding import AxisNames
 from jaxce.stats import working_dtype
 from jaxce.targets import sort_by_kind
-
-REDUCTIONS = ("none", "sum", "mean", "mean_count")
-IMPLEMENTATIONS = ("xla", "autodiff")
-
+from jaxce.types import Implementation, Reduction
 
 Change = Callable[[Array], Array]
 
@@ -121,8 +118,8 @@ def checked(
         where = checks.where_mask(where, full, batch, class_axes)
     checks.scalar("label_smoothing", label_smoothing, 0, 1)
     checks.scalar("z_loss", z_loss, 0, math.inf)
-    checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.one_of("implementation", implementation, (None, *IMPLEMENTATIONS))
+    checks.one_of("reduction", reduction, get_args(Reduction))
+    checks.one_of("implementation", implementation, (None, *get_args(Implementation)))
     checks.one_of("return_aux", return_aux, (False, True))
     split_classes, split_batch = checks.mesh_axes(axis_name, batch_axis_name, reduction)
     if logit_softcap is not None:

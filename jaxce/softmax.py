@@ -25,7 +25,7 @@ from jaxce.targets import Targets
 from jaxce.types import ArrayLike, Axis, AxisName, Implementation, Reduction, takes_variables
 
 
-class DenseOptions(types.Options[ArrayLike], total=False):
+class DenseOptions(types.CommonOptions[ArrayLike], total=False):
     labels: Targets
 
 

@@ -28,7 +28,7 @@ Shape = ArrayLike | jax.ShapeDtypeStruct
 Array_ = TypeVar("Array_")  # ArrayLike, or Shape where nothing is computed
 
 
-class Options(TypedDict, Generic[Array_], total=False):
+class CommonOptions(TypedDict, Generic[Array_], total=False):
     """What the losses of logits and of hidden states take by keyword, but for `return_aux`, which makes the result."""
 
     weights: Array_ | None

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import jaxce
-from jaxce import diagnostics, linear, softmax
+from jaxce import diagnostics, linear, softmax, types
 
 pytestmark = pytest.mark.every_case
 LABELS = np.array([0, 2, 1, 1])
@@ -33,6 +33,10 @@ def test_an_editor_is_told_of_every_option(function, options):
         assert set(named) | set(options.__annotations__) == set(parameters)
         assert all(parameters[n].default == p.default for n, p in named.items() if n != "return_aux")
     assert not options.__required_keys__
+
+
+def test_the_modes_have_their_methods():
+    assert typing.get_args(types.Mode) == linear.plans.MODES
 
 
 class Variable:

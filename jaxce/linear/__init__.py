@@ -28,7 +28,7 @@ from jaxce.types import Array_, ArrayLike, AxisName, Implementation, Mode, Platf
 VocabAxis = Literal[0, 1, -1, -2]
 
 
-class LinearOptions(types.Options[Array_], Generic[Array_], total=False):
+class LinearOptions(types.CommonOptions[Array_], Generic[Array_], total=False):
     bias: Array_ | None
     vocab_axis: VocabAxis
     where: Array_ | None

@@ -15,12 +15,13 @@ import dataclasses
 import functools
 import itertools
 import json
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from jaxce import checks
 from jaxce.linear import chips, costs, recompute, store
 from jaxce.linear.blocks import Schedule, Schedules
 from jaxce.linear.costs import Problem
+from jaxce.types import Platform
 
 
 class Method(Protocol):
@@ -48,7 +49,7 @@ class Method(Protocol):
 
 METHODS: dict[str, Method] = {"recompute": recompute, "store": store}
 MODES = tuple(METHODS)
-PLATFORMS = ("cpu", "tpu", "gpu")
+PLATFORMS = get_args(Platform)
 _LARGER, _TRIED = 4, 6  # where measuring begins, and how many sizes of blocks it tries, each about half of another
 _GPU_BUDGET = 2**28  # bytes that are not worth saving on a GPU
 
