@@ -51,6 +51,7 @@ CASES = {
     "softcap, smoothing, z-loss": {"logit_softcap": 5.0, "label_smoothing": 0.1, "z_loss": 1e-4},
     "class weights": {"class_weights": np.ones(8000, np.float32), "label_smoothing": 0.1, "return_aux": True},
     "weights": {"weights": np.ones(N, np.float32)},
+    "temperature": {"temperature": np.full(N, 2, np.float32)},
     "mask of classes": {"where": np.ones(8000, bool)},
     "mask of all": {"where": np.ones((N, 8000), bool)},
 }
@@ -67,6 +68,14 @@ def test_predicted_memory_is_an_upper_bound(mode, options, kind):
     needed = compiled_temp_bytes(arrays, **chosen)
     assert needed <= plan.temp_bytes <= 2.5 * needed
     assert plan.logits_bytes == 4 * N * 8000
+
+
+@pytest.mark.parametrize("options", [{"temperature": np.full(N, 2, np.float32)}, {"logit_softcap": 5.0}])
+def test_predicted_memory_of_logits_that_are_changed(options):
+    """They are one more array, which a plan within a budget has to count."""
+    arrays, chosen = shapes(N, 64, 8000), {"reduction": "mean", "mode": "store", "memory_budget": 30_000_000, **options}
+    needed = compiled_temp_bytes(arrays, **chosen)
+    assert needed <= plan_linear_cross_entropy(*arrays, **chosen).temp_bytes <= 30_000_000
 
 
 @pytest.mark.parametrize("mode", ["recompute", "store"])

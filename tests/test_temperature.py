@@ -75,7 +75,7 @@ def test_every_output_is_that_of_the_quotient(implementation, rng):
 
 @pytest.mark.parametrize("targets", ["index", "probs", "sparse"])
 def test_the_linear_loss_is_that_of_its_logits(targets, rng):
-    """Each mode, in blocks of tokens or of classes, with its gradients in everything that is divided."""
+    """Each mode, in one block and in several of classes or tokens, with its gradients in everything that is divided."""
     hidden, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((N, D), (V, D)))
     temperature = jnp.asarray(rng.uniform(0.3, 3, N), jnp.float32)
     probs = jnp.asarray(rng.dirichlet(np.ones(V), N), jnp.float32)
@@ -87,19 +87,19 @@ def test_the_linear_loss_is_that_of_its_logits(targets, rng):
     def dense(h, k, t):
         return jaxce.softmax_cross_entropy(h @ k.T / t[:, None], target, **options)
 
-    def linear(mode, budget):
+    def linear(mode, block_n, block_v):
+        plan = jaxce.LinearPlan((N, D, V), mode, block_n, block_v, 0, 0, 0, 0, "cpu")
+
         def loss(h, k, t):
-            given = options | {"mode": mode, "memory_budget": budget, "temperature": t, "vocab_axis": 0}
-            return jaxce.linear_cross_entropy(h, k, target, **given)
+            return jaxce.linear_cross_entropy(h, k, target, plan=plan, temperature=t, vocab_axis=0, **options)
 
         return loss
 
     wanted = jax.value_and_grad(dense, (0, 1, 2))(hidden, kernel, temperature)
-    for mode in "recompute", "store":
-        for budget in None, 2**17:
-            got = jax.value_and_grad(linear(mode, budget), (0, 1, 2))(hidden, kernel, temperature)
-            # Logits of some 10 units, off by (D + 2) ε, over 0.3.
-            chex.assert_trees_all_close(got, wanted, rtol=64 * EPS, atol=(D + 2) * 10 / 0.3 * EPS)
+    for plan in ("recompute", N, V), ("recompute", N, 3), ("store", N, V), ("store", 5, V), ("store", 5, 3):
+        got = jax.jit(jax.value_and_grad(linear(*plan), (0, 1, 2)))(hidden, kernel, temperature)
+        # Logits of some 10 units, off by (D + 2) ε, over 0.3.
+        chex.assert_trees_all_close(got, wanted, rtol=64 * EPS, atol=(D + 2) * 10 / 0.3 * EPS)
 
 
 def test_against_optax(rng):
