@@ -356,7 +356,8 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     sums = 0 if p.kernel == p.working else p.D * p.V * p.working.itemsize
     skips = block_n < p.N and (p.weights or p.options.ignore_index is not None)
     logits = block_n * p.V  # one array for all blocks
-    if block_v == p.V and not skips:  # the gradient takes its place
+    slopes = p.options.logit_softcap is not None  # of the cap, which are kept beside the logits
+    if block_v == p.V and not skips and not slopes:  # the gradient takes its place
         logits = 0
     same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
     of_block = costs.block_bytes(p, platform, rows, block_v)
