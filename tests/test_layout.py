@@ -21,6 +21,7 @@ PACKAGE = pathlib.Path(jaxce.__file__).parent
 
 # Each module may import those before it. A new module has to be given its place here.
 ORDER = [
+    "jaxce.versions",
     "jaxce.checks",
     "jaxce.types",
     "jaxce.primitives",

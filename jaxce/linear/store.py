@@ -30,6 +30,7 @@ from jaxce.linear.mesh import row_axes
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finish, finite, matmul_dtype, times, working_dtype
+from jaxce.versions import varying_axes
 
 Sum = tuple[Array, CrossEntropyAux | None]
 Arguments = tuple[Projection, Examples, Shared]  # or gradients in them
@@ -167,7 +168,7 @@ def _used(ct: Any) -> bool:
 
 
 def _materialised(ct: Any) -> Any:
-    return vary(jnp.zeros(ct.shape, ct.dtype), ct.aval.mat.varying) if _is_symbolic(ct) else ct
+    return vary(jnp.zeros(ct.shape, ct.dtype), varying_axes(ct.aval)) if _is_symbolic(ct) else ct
 
 
 _summed_loss.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)
