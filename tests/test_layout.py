@@ -61,6 +61,7 @@ ORDER = [
     "jaxce.diagnostics.reporting",
     "jaxce.diagnostics",
     "jaxce",
+    "jaxce.info",
     "jaxce.examples",
     "jaxce.examples.common",
     "jaxce.examples.cifar10",

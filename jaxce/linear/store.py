@@ -57,7 +57,7 @@ def loss(
     sums = dataclasses.replace(options, reduction="sum", batch_axis_name=())
     total, aux = _summed_loss(schedules, sums, *arguments, counts, vary(divisor, rows))
     total = jnp.where(nothing, 0, sum_over(total, options.batch_axis_name))
-    return total if aux is None else (total, dataclasses.replace(aux, weight=counts.weight))
+    return total if aux is None else (total, aux._replace(weight=counts.weight))
 
 
 def _recomputed_sum(
