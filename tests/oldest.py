@@ -1,7 +1,4 @@
-"""The oldest versions that `pyproject.toml` allows, as requirements for pip: `make test-oldest` installs them.
-
-Run with `python tests/oldest.py`.
-"""
+"""Prints the oldest versions that `pyproject.toml` allows, as requirements for pip: `make test-oldest` installs them."""
 
 from __future__ import annotations
 
@@ -20,7 +17,8 @@ def oldest() -> list[str]:
         for requirement in extras["examples"] + extras["test"]
         if not requirement.startswith("jaxce") and re.split(r"\W", requirement, maxsplit=1)[0] not in TOOLS
     ]
-    return [requirement.replace(">=", "==") for requirement in requirements]
+    # A package may be named twice: what tests need is newer.
+    return list({requirement.split(">=")[0]: requirement.replace(">=", "==") for requirement in requirements}.values())
 
 
 if __name__ == "__main__":
