@@ -1,4 +1,4 @@
-"""Prints the oldest versions that `pyproject.toml` allows, as requirements for pip: `make test-oldest` installs them."""
+"""Prints the oldest versions that `pyproject.toml` allows, as requirements for pip: for `make test-oldest`."""
 
 from __future__ import annotations
 
