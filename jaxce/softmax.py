@@ -210,15 +210,15 @@ def softmax_cross_entropy_with_integer_labels(
       and has the options.
     """
     if not checks.is_integers(labels):
-        hint = "Probabilities go to jaxce.softmax_cross_entropy."
-        checks.fail(TypeError, "labels", "an array of integers, class indices", checks.describe(labels), hint)
+        ndim = checks.float_array("logits", logits, labels, "labels").ndim
+        checks.not_labels("labels", labels, ndim, "Probabilities go to jaxce.softmax_cross_entropy.")
     return cast(Array, _checked_loss(logits, labels, axis, where, targets_name="labels"))
 
 
 def _checked_loss(
     logits: Any, targets: Any, axis: Any, where: Any, targets_name: str = "targets", **options: Any
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    logits = checks.float_array("logits", logits)
+    logits = checks.float_array("logits", logits, targets, targets_name)
     axes = checks.class_axes(axis, logits.ndim)
     checks.num_classes("logits", math.prod(logits.shape[i] for i in axes))
     examples, shared, constants = checked(
