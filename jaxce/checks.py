@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn, cast
@@ -53,7 +54,7 @@ def keywords(function: str, given: Iterable[str], known: Collection[str], of_los
         if " " in ours:
             hint = ours
         elif ours in of_loss and ours not in known:
-            hint = f"jaxce.softmax_cross_entropy takes {ours}."
+            hint = f"Use jaxce.softmax_cross_entropy, which has {ours}."
         elif nearest := _nearest(name, known):
             hint = f"Its name here is {nearest}."
         else:
@@ -124,8 +125,9 @@ def _swapped(name: str, x: Any, targets: Any, targets_name: str) -> str:
     """What to say of `x` if targets may have come in its place, and the other way about."""
     if not is_real(x) or not is_array(targets) or jnp.result_type(targets) not in FLOATS:
         return ""
-    swapped = f"{name} and {targets_name} look swapped: the order is {name}, {targets_name}."
-    return swapped if jnp.ndim(x) < jnp.ndim(targets) else f"{convert(name, x)} Or {swapped}"
+    order = f"the order is {name}, {targets_name}."
+    fewer = jnp.ndim(x) < jnp.ndim(targets)
+    return f"They look swapped: {order}" if fewer else f"{convert(name, x)} Or swap them: {order}"
 
 
 def not_labels(name: str, x: Any, ndim: int, hint: str = "") -> NoReturn:
@@ -192,9 +194,9 @@ def no_logits(name: str, x: jax.Array, axes: tuple[int, ...]) -> None:
         return
     if isinstance(x, jax.Array) and not (x.is_fully_addressable and {d.platform for d in x.devices()} == {"cpu"}):
         return
-    t = np.asarray(x)
+    t = np.asarray(x).astype(np.float32, copy=False)  # NumPy is slow at comparing bfloat16
     with np.errstate(all="ignore"):
-        if np.min(t) < 0 and np.any(like_logits(t, axes, np)):
+        if np.min(t) < 0 and np.any(like_logits(t, axes, np, x.dtype)):
             got = f"{describe(x)} with entries from {float(np.min(t)):.4g} to {float(np.max(t)):.4g}"
             fail(ValueError, name, "probabilities >= 0", got, LIKE_LOGITS)
 
@@ -205,18 +207,17 @@ LIKE_LOGITS = (
 )
 
 
-def like_logits(t: Any, axes: tuple[int, ...], xp: Any) -> Any:
-    """Which rows of targets must be logits or log-probabilities. `xp`: NumPy or `jax.numpy`.
+def like_logits(t: Any, axes: tuple[int, ...], xp: Any, dtype: Any) -> Any:
+    """Which rows of targets, once of this dtype, must be logits or log-probabilities. `xp`: NumPy or `jax.numpy`.
 
-    Less than 0 alone does not say so: a weight below 0 may have been multiplied in, smoothing may be negative (rows
-    that sum to 1), and the difference of two targets sums to 0.
+    Less than 0 alone does not say so: a weight below 0 may have been multiplied in (all entries have one sign, but for
+    rounding), smoothing may be negative (the sum is 1), and the difference of two targets sums to 0.
     """
-    tolerance = max(1e-3, 4 * float(jnp.finfo(t.dtype).eps))
-    t = t.astype(np.float32)
+    rounding = 4 * float(jnp.finfo(dtype).eps)
     total, size = xp.sum(t, axes), xp.sum(xp.abs(t), axes)
-    off = (xp.abs(total) > tolerance * size) & (xp.abs(total - 1) > tolerance * size)
-    logarithms = xp.all(t < 0, axes) & (xp.abs(xp.sum(xp.exp(t), axes) - 1) <= tolerance)
-    return (xp.any(t < 0, axes) & xp.any(t > 0, axes) & off) | logarithms
+    near = functools.reduce(xp.logical_or, (xp.abs(total - x) <= (0.01 + rounding) * size for x in (0, 1, size, -size)))
+    logarithms = xp.all(t < 0, axes) & (xp.abs(xp.sum(xp.exp(t), axes) - 1) <= 1e-3 + rounding)
+    return (xp.isfinite(total) & ~near) | logarithms | xp.any(t == -math.inf, axes)
 
 
 def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: Sequence[int]) -> jax.Array:
@@ -344,7 +345,7 @@ def _axis_names(name: str, x: Any) -> tuple[str, ...]:
     except NameError:
         fail(ValueError, name, "axes of the mesh of a surrounding jax.shard_map", repr(x), "Call the loss inside one.")
     if not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
-        hint = "jax.vmap has all of its examples on one device, where nothing is split and no name is needed."
+        hint = "Under jax.vmap all is on one device: nothing is split, and no name is needed."
         fail(ValueError, name, "axes of the mesh of a surrounding jax.shard_map", f"{x!r}, an axis of jax.vmap", hint)
     if varies != set(names):
         hint = "Without its types, gradients of what devices share could not be told from those of what they split."

@@ -69,7 +69,8 @@ def _checkify_targets(internals: Any, *args: Any, axes: tuple[int, ...]) -> tupl
         message = "targets: expected probabilities >= 0; got entries from {least} to {largest}. " + LIKE_LOGITS
         ends = {"least": jnp.min(probs), "largest": jnp.max(probs)}
         failure = internals.FailedCheckError(internals.get_traceback(), message, **ends)
-        error = internals.assert_func(*context, error, ~jnp.any(like_logits(probs, axes, jnp)), failure)
+        wrong = like_logits(probs.astype(jnp.float32), axes, jnp, probs.dtype)
+        error = internals.assert_func(*context, error, jnp.any(wrong), failure)
     return error, probs
 
 
