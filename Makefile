@@ -12,12 +12,14 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 READY := $(VENV)/.ready
 PEERS_VENV ?= .venv-peers
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TESTS ?= $(patsubst %,tests/test_%.py,against_optax axis_name checks cifar10 linear numbers package probs readme serialization sharding)
 
 # The packages here compile for CPU; a machine with an accelerator may say otherwise.
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo data test test-slow fuzz peers mutants lint bench docs notebooks clean
+.PHONY: demo data test test-slow test-oldest fuzz peers mutants lint release-check bench docs notebooks clean
 
 demo: $(READY) data  ## train a convolutional network on CIFAR-10 with jaxce's loss
 	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
@@ -31,6 +33,9 @@ test: $(READY)  ## every module, doctests and README examples included, one case
 
 test-slow: $(READY)  ## what that leaves out: the other cases, random ones, programs for TPU (half an hour)
 	$(PYTEST) -m slow $(SLOW_ARGS)
+
+test-oldest: $(OLDEST_VENV)/.ready  ## the numbers, with the oldest version of every package that pyproject.toml allows (minutes)
+	$(OLDEST_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow and not aot" $(OLDEST_TESTS)
 
 fuzz: $(READY)  ## random cases of every loss against float64; FUZZ_ARGS="--seed 7 --cases 500" for others
 	$(BIN)/python -m tests.sweep $(FUZZ_ARGS)
@@ -46,6 +51,9 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+release-check: $(READY)  ## build a release, install it where nothing else is, run its tests from its sources (minutes)
+	$(BIN)/python tests/release.py
+
 bench: $(READY)  ## the figures and plots of the README (30 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks dense
 	$(BIN)/python -m benchmarks linear
@@ -60,13 +68,20 @@ notebooks: $(READY) data  ## run the notebooks from the top and keep their outpu
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,bench,docs,notebooks]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,bench,docs,notebooks,release]"
 	@touch $@
 
 $(PEERS_VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(PEERS_VENV)
 	$(PEERS_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(PEERS_VENV)/bin/python -m pip install --quiet --editable ".[peers]"
+	@touch $@
+
+$(OLDEST_VENV)/.ready: pyproject.toml tests/oldest.py
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST_VENV)/bin/python tests/oldest.py > $(OLDEST_VENV)/oldest.txt
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --requirement $(OLDEST_VENV)/oldest.txt --editable .
 	@touch $@
 
 clean:
