@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
 from jaxce import checks
+from jaxce.label_check import check_targets
 from jaxce.sharding import AxisNames
 from jaxce.stats import working_dtype
 from jaxce.targets import sort_by_kind
@@ -114,6 +116,11 @@ def checked(
     """
     batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
     indices, probs, ignore_index = sort_by_kind(targets, batch, full, dtype, ignore_index, targets_name)
+    if indices is None and probs is not None and where is None and weights is None:  # every row counts
+        if not isinstance(probs, jax.core.Tracer):
+            checks.no_logits(targets_name, probs, tuple(class_axes))
+        elif not axis_name:
+            probs = check_targets(probs, tuple(class_axes))
     if where is not None:
         where = checks.where_mask(where, full, batch, class_axes)
     checks.scalar("label_smoothing", label_smoothing, 0, 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NoReturn, cast
 
 import jax
@@ -23,6 +24,44 @@ def describe(x: Any) -> str:
     if isinstance(x, (int, float, complex)):
         return f"{x!r}, {jnp.result_type(x)} of shape ()"
     return f"{x!r} ({type(x).__name__})" if isinstance(x, str) else type(x).__name__
+
+
+# What other libraries call it, and what it is here: arguments and words, or a sentence.
+_ELSEWHERE = {
+    "dim": "axis", "input": "logits", "labels": "targets", "target": "targets", "y_pred": "logits", "y_true": "targets",
+    "class_weight": "class_weights", "weight": "class_weights", "mask": "weights", "sample_weight": "weights",
+    "ignore_class": "ignore_index", "ignore_idx": "ignore_index", "ignore_label": "ignore_index",
+    "label_smoothing_factor": "label_smoothing", "lse_square_scale": "z_loss", "softcap": "logit_softcap",
+    "reduce": "reduction", "size_average": "reduction", "average": "mean", "avg": "mean", "batchmean": "mean_count",
+    "mean_with_sample_weight": "mean", "sum_over_batch_size": "mean_count",
+    "from_logits": "Logits are always expected; probabilities go to jaxce.cross_entropy_from_probs.",
+}  # fmt: skip
+
+
+def _nearest(word: str, choices: Collection[str]) -> str:
+    """Which of the choices is meant by a word of another library, or one that is misspelt; "" if none is."""
+    import difflib
+
+    if (ours := _ELSEWHERE.get(word, word)) in choices:
+        return ours
+    return next(iter(difflib.get_close_matches(word.lower(), choices, 1)), "")
+
+
+def keywords(function: str, given: Iterable[str], known: Collection[str], of_loss: Collection[str]) -> None:
+    """`known` are the arguments of the function, `of_loss` the options of the losses that have them all."""
+    for name in given:
+        ours = _ELSEWHERE.get(name, name)
+        if name in known:
+            continue
+        if " " in ours:
+            hint = ours
+        elif ours in of_loss and ours not in known:
+            hint = f"Use jaxce.softmax_cross_entropy, which has {ours}."
+        elif nearest := _nearest(name, known):
+            hint = f"Its name here is {nearest}."
+        else:
+            hint = f"There are {', '.join(sorted(known))}."
+        fail(TypeError, name, f"an argument of {function}", "an unexpected keyword", hint)
 
 
 # Floats of eight bits are taken as arguments: whatever is computed with them is computed in a wider dtype.
@@ -61,19 +100,44 @@ def is_integers(x: Any) -> bool:
     return is_array(x) and jnp.issubdtype(jnp.result_type(x), jnp.integer)
 
 
-def float_array(name: str, x: Any) -> jax.Array:
-    """`x` as a JAX array of floats with at least one axis."""
+def float_array(name: str, x: Any, targets: Any = None, targets_name: str = "targets") -> jax.Array:
+    """`x` as a JAX array of floats with at least one axis. `targets`: with which it may have been swapped."""
     if not is_array(x) or jnp.result_type(x) not in FLOATS:
-        fail(TypeError, name, "an array of floats, of 8 to 64 bits", describe(x), _convert(name, x))
+        hint = _swapped(name, x, targets, targets_name) or convert(name, x)
+        fail(TypeError, name, "an array of floats, of 8 to 64 bits", describe(x), hint)
     array = as_array(x)
     if array.ndim == 0:
         fail(ValueError, name, "at least one axis, the classes", describe(array))
     return array
 
 
-def _convert(name: str, x: Any) -> str:
+def convert(name: str, x: Any, dtype: str = "jnp.float32") -> str:
     """What to do about an array of the wrong dtype, or something that is no array."""
-    return f"Convert it with {f'{name}.astype(jnp.float32)' if hasattr(x, 'astype') else f'jnp.asarray({name})'}."
+    if isinstance(x, (list, tuple)) or (isinstance(x, np.ndarray) and x.dtype == object):
+        try:
+            np.array(x.tolist() if isinstance(x, np.ndarray) else x)
+        except ValueError:
+            return "Its rows differ in length: pad them, and give what was added weight 0, or a label to ignore."
+        except TypeError:  # a list of traced numbers
+            pass
+    return f"Convert it with {f'{name}.astype({dtype})' if hasattr(x, 'astype') else f'jnp.asarray({name})'}."
+
+
+def _swapped(name: str, x: Any, targets: Any, targets_name: str) -> str:
+    """What to say of `x` if targets may have come in its place, and the other way about."""
+    if not is_real(x) or not is_array(targets) or jnp.result_type(targets) not in FLOATS:
+        return ""
+    order = f"the order is {name}, {targets_name}."
+    fewer = jnp.ndim(x) < jnp.ndim(targets)
+    return f"They look swapped: {order}" if fewer else f"{convert(name, x)} Or swap them: {order}"
+
+
+def not_labels(name: str, x: Any, ndim: int, hint: str = "") -> NoReturn:
+    """`ndim`: of the logits; `hint`: about probabilities, of which there are as many as logits."""
+    is_list = isinstance(x, (list, tuple, np.ndarray)) and not is_array(x)
+    if is_list or (is_real(x) and jnp.ndim(x) < ndim):
+        hint = convert(name, x, "int")
+    fail(TypeError, name, "an array of integers, class indices", describe(x), hint)
 
 
 def class_axes(axis: Any, ndim: int) -> tuple[int, ...]:
@@ -115,16 +179,53 @@ def indices(name: str, x: jax.Array, batch: tuple[int, ...], full: tuple[int, ..
     fail(ValueError, name, what, describe(x), hint)
 
 
-def probabilities(name: str, x: jax.Array, shape: tuple[int, ...]) -> None:
-    if x.shape != shape:
-        hint = "Probabilities are never broadcast; class indices must have an integer dtype."
+def probabilities(name: str, x: Any, shape: tuple[int, ...], batch: tuple[int, ...] | None = None) -> None:
+    """`batch`: the shape of labels, if there could have been labels in place of probabilities."""
+    if jnp.shape(x) != shape:
+        hint = "Probabilities are never broadcast; class indices must have an integer dtype"
+        hint += f": {name}.astype(int)." if jnp.shape(x) == batch else "."
         fail(ValueError, name, f"shape {shape}", describe(x), hint)
+
+
+_LOOKED_AT = 2**16  # entries, of which a look takes microseconds
+
+
+def no_logits(name: str, x: jax.Array, axes: tuple[int, ...]) -> None:
+    """Probability targets outside of a trace are looked at where that is cheap: on the CPU, if they are not many."""
+    if not 0 < x.size <= _LOOKED_AT:
+        return
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable and {d.platform for d in x.devices()} == {"cpu"}):
+        return
+    t = np.asarray(x).astype(np.float32, copy=False)  # NumPy is slow at comparing bfloat16
+    with np.errstate(all="ignore"):
+        if np.min(t) < 0 and np.any(like_logits(t, axes, np, x.dtype)):
+            got = f"{describe(x)} with entries from {float(np.min(t)):.4g} to {float(np.max(t)):.4g}"
+            fail(ValueError, name, "probabilities >= 0", got, LIKE_LOGITS)
+
+
+LIKE_LOGITS = (
+    "They look like logits or log-probabilities: give probabilities, jax.nn.softmax of them. "
+    "The order is logits, targets; weights of either sign go into weights."
+)
+
+
+def like_logits(t: Any, axes: tuple[int, ...], xp: Any, dtype: Any) -> Any:
+    """Which rows of targets, once of this dtype, must be logits or log-probabilities. `xp`: NumPy or `jax.numpy`.
+
+    Less than 0 alone does not say so: a weight below 0 may have been multiplied in (all entries have one sign, but for
+    rounding), smoothing may be negative (the sum is 1), and the difference of two targets sums to 0.
+    """
+    rounding = 4 * float(jnp.finfo(dtype).eps)
+    total, size = xp.sum(t, axes), xp.sum(xp.abs(t), axes)
+    near = functools.reduce(xp.logical_or, (xp.abs(total - x) <= (0.01 + rounding) * size for x in (0, 1, size, -size)))
+    logarithms = xp.all(t < 0, axes) & (xp.abs(xp.sum(xp.exp(t), axes) - 1) <= 1e-3 + rounding)
+    return (xp.isfinite(total) & ~near) | logarithms | xp.any(t == -math.inf, axes)
 
 
 def where_mask(mask: Any, full: tuple[int, ...], batch: tuple[int, ...], axes: Sequence[int]) -> jax.Array:
     """`where`, with as many axes as the logits. A mask of the batch shape (optax) takes whole examples out."""
     if not is_array(mask) or jnp.result_type(mask) != jnp.bool_:
-        fail(TypeError, "where", "an array of bools", describe(mask), "Convert it with where.astype(bool).")
+        fail(TypeError, "where", "an array of bools", describe(mask), convert("where", mask, "bool"))
     mask = as_array(mask)
     readings: list[jax.Array] = []
     if broadcastable(mask.shape, full):
@@ -153,7 +254,7 @@ def temperature(x: Any, batch: tuple[int, ...]) -> jax.Array:
 
 def _by_example(name: str, x: Any, batch: tuple[int, ...], what: str, hint: str) -> jax.Array:
     if not is_real(x):
-        fail(TypeError, name, "an array of real numbers", describe(x), _convert(name, x))
+        fail(TypeError, name, "an array of real numbers", describe(x), convert(name, x))
     if not broadcastable(jnp.shape(x), batch):
         fail(ValueError, name, f"a shape that broadcasts to the batch shape {batch}, {what}", describe(x), hint)
     return as_array(x)
@@ -166,7 +267,7 @@ def class_weights(x: Any, size: int) -> jax.Array:
             "class_weights",
             "an array of real numbers",
             describe(x),
-            _convert("class_weights", x),
+            convert("class_weights", x),
         )
     if jnp.shape(x) != (size,):
         fail(
@@ -245,9 +346,13 @@ def _axis_names(name: str, x: Any) -> tuple[str, ...]:
         varies = varying_axes(jax.typeof(jax.lax.axis_index(names))) if names else frozenset()
     except NameError:
         fail(ValueError, name, "axes of the mesh of a surrounding jax.shard_map", repr(x), "Call the loss inside one.")
+    if not set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes):
+        hint = "Under jax.vmap all is on one device: nothing is split, and no name is needed."
+        fail(ValueError, name, "axes of the mesh of a surrounding jax.shard_map", f"{x!r}, an axis of jax.vmap", hint)
     if varies != set(names):
         hint = "Without its types, gradients of what devices share could not be told from those of what they split."
-        fail(ValueError, name, "a jax.shard_map with check_vma=True, its default", "one that does not check", hint)
+        got = "one that does not check, or jax.pmap"
+        fail(ValueError, name, "a jax.shard_map with check_vma=True, its default", got, hint)
     return names
 
 
@@ -263,7 +368,10 @@ def split_over(name: str, x: jax.Array, axis_name: tuple[str, ...], what: str) -
 
 def one_of(name: str, x: Any, choices: Sequence[Any]) -> None:
     if not any(x is c or (isinstance(x, str) and x == c) for c in choices):
-        fail(ValueError, name, "one of " + ", ".join(map(repr, choices)), repr(x))
+        words = [c for c in choices if isinstance(c, str)]
+        nearest = _nearest("none" if x is None else x, words) if x is None or isinstance(x, str) else ""
+        hint = f"Did you mean {nearest!r}?" if nearest else ""
+        fail(ValueError, name, "one of " + ", ".join(map(repr, choices)), repr(x), hint)
 
 
 def broadcastable(shape: Sequence[int], to: Sequence[int]) -> bool:

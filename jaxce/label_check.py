@@ -1,4 +1,4 @@
-"""A label outside the classes is an error under `jax.experimental.checkify`, and costs nothing elsewhere.
+"""Labels outside the classes and logits in place of targets are errors under checkify, and cost nothing elsewhere.
 
 `checkify.debug_check` would say the same, but it marks the compiled function as having a side effect, which takes it
 off JAX's fast dispatch path: about 0.1 ms a call, checkify or not. So the check is a primitive of its own, an identity
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import Array
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
+from jaxce.checks import LIKE_LOGITS, like_logits
 from jaxce.primitives import Primitive
 
 MESSAGE = (
@@ -22,7 +23,7 @@ MESSAGE = (
     "If it marks examples to leave out, pass ignore_index={label}."
 )
 
-_check_p = Primitive("check_labels")
+_check_p, _targets_p = Primitive("check_labels"), Primitive("check_targets")
 
 
 def check_labels(known: Array, labels: Array, num_classes: int) -> Array:
@@ -32,14 +33,45 @@ def check_labels(known: Array, labels: Array, num_classes: int) -> Array:
     return checked
 
 
-def _identity(known: Array, labels: Array, *, num_classes: int) -> Array:
-    return known
+def check_targets(probs: Array, axes: tuple[int, ...]) -> Array:
+    """Probability targets, which are looked at under checkify alone."""
+    _register_rules()
+    checked: Array = _targets_p.bind(probs, axes=axes)
+    return checked
 
 
-_check_p.def_impl(_identity)
-_check_p.def_abstract_eval(_identity)
-mlir.register_lowering(_check_p, mlir.lower_fun(_identity, multiple_results=False))
+def _identity(x: Array, *_: Array, **__: Any) -> Array:
+    return x
+
+
+for _p in _check_p, _targets_p:
+    _p.def_impl(_identity)
+    _p.def_abstract_eval(_identity)
+    mlir.register_lowering(_p, mlir.lower_fun(_identity, multiple_results=False))
 batching.defbroadcasting(_check_p)
+
+
+def _with_tangents(primals: Any, tangents: Any, **params: Any) -> tuple[Array, Any]:
+    return check_targets(*primals, **params), tangents[0]
+
+
+def _batched(args: tuple[Array], dims: tuple[int], *, axes: tuple[int, ...]) -> tuple[Array, int]:
+    return check_targets(args[0], tuple(a + (a >= dims[0]) for a in axes)), dims[0]
+
+
+ad.primitive_jvps[_targets_p] = _with_tangents
+batching.primitive_batchers[_targets_p] = _batched
+
+
+def _checkify_targets(internals: Any, *args: Any, axes: tuple[int, ...]) -> tuple[Any, Array]:
+    *context, error, enabled_errors, probs = args
+    if internals.FailedCheckError in enabled_errors and probs.size:
+        message = "targets: expected probabilities >= 0; got entries from {least} to {largest}. " + LIKE_LOGITS
+        ends = {"least": jnp.min(probs), "largest": jnp.max(probs)}
+        failure = internals.FailedCheckError(internals.get_traceback(), message, **ends)
+        wrong = like_logits(probs.astype(jnp.float32), axes, jnp, probs.dtype)
+        error = internals.assert_func(*context, error, jnp.any(wrong), failure)
+    return error, probs
 
 
 def _checkify_rule(internals: Any, *args: Any, num_classes: int) -> tuple[Any, Array]:
@@ -58,8 +90,10 @@ def _register_rules() -> None:
     from jax.experimental import jet
 
     jet.jet_rules[_check_p] = functools.partial(jet.zero_prop, _check_p)
+    jet.jet_rules[_targets_p] = cast(Any, _with_tangents)
     # There is no public way to give a primitive a checkify rule. Without one such a label is NaN, as ever.
     with contextlib.suppress(ImportError, AttributeError):
         from jax._src import checkify
 
         checkify.error_checks[_check_p] = functools.partial(_checkify_rule, checkify)
+        checkify.error_checks[_targets_p] = functools.partial(_checkify_targets, checkify)

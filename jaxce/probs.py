@@ -62,7 +62,7 @@ def cross_entropy_from_probs(
     Note:
       Kullback and Leibler (1951); the same loss as `keras.losses.CategoricalCrossentropy` without its clipping at 1e-7.
     """
-    probs = checks.float_array("probs", probs)
+    probs = checks.float_array("probs", probs, targets)
     axes = checks.class_axes(axis, probs.ndim)
     checks.num_classes("probs", math.prod(probs.shape[i] for i in axes))
     examples, shared, options = checked(

@@ -104,7 +104,12 @@ def softmax_cross_entropy(
         probability 0.
       targets: integers of any dtype and of the batch shape `[...]` (the shape of logits without the class axis), from 0
         to V-1; or floats of exactly the shape of logits, probabilities that sum to 1 along the class axis; or
-        `jaxce.SparseTargets`. They are never broadcast.
+        `jaxce.SparseTargets`. They are never broadcast. Probabilities are computed with as they are, whatever their sum
+        and sign (weights multiplied in, negative smoothing), and the loss may then be negative. Rows that must be
+        logits instead are an error: with entries of both signs that sum to neither 0 nor 1, with a −inf, or the
+        logarithms of probabilities. They are looked for without `where` and `weights`, under
+        `jax.experimental.checkify` or, outside of a trace, in up to 65,536 entries on the CPU; elsewhere the loss of
+        such targets is a number that means nothing.
       axis: the class axis. A tuple of axes makes them one class axis, row-major (index targets are then flat indices);
         None means all axes.
       where: bools that broadcast to the shape of logits: the classes that take part. The others get no probability and
@@ -210,15 +215,15 @@ def softmax_cross_entropy_with_integer_labels(
       and has the options.
     """
     if not checks.is_integers(labels):
-        hint = "Probabilities go to jaxce.softmax_cross_entropy."
-        checks.fail(TypeError, "labels", "an array of integers, class indices", checks.describe(labels), hint)
+        ndim = checks.float_array("logits", logits, labels, "labels").ndim
+        checks.not_labels("labels", labels, ndim, "Probabilities go to jaxce.softmax_cross_entropy.")
     return cast(Array, _checked_loss(logits, labels, axis, where, targets_name="labels"))
 
 
 def _checked_loss(
     logits: Any, targets: Any, axis: Any, where: Any, targets_name: str = "targets", **options: Any
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    logits = checks.float_array("logits", logits)
+    logits = checks.float_array("logits", logits, targets, targets_name)
     axes = checks.class_axes(axis, logits.ndim)
     checks.num_classes("logits", math.prod(logits.shape[i] for i in axes))
     examples, shared, constants = checked(

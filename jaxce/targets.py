@@ -71,15 +71,13 @@ def sort_by_kind(
         checks.indices(name, indices, batch, full)
         return indices[..., None], None, ignored
     if not checks.is_array(targets) or not jnp.issubdtype(jnp.result_type(targets), jnp.floating):
-        checks.fail(
-            TypeError,
-            name,
-            "class indices (integers), probabilities (floats) or jaxce.SparseTargets",
-            checks.describe(targets),
-            f"Convert lists with jnp.asarray({name}), one-hot bools with {name}.astype(logits.dtype).",
-        )
+        hint = f"Convert one-hot bools with {name}.astype(logits.dtype)."
+        if not checks.is_array(targets) or jnp.shape(targets) == batch:
+            hint = checks.convert(name, targets, "int")
+        expected = "class indices (integers), probabilities (floats) or jaxce.SparseTargets"
+        checks.fail(TypeError, name, expected, checks.describe(targets), hint)
+    checks.probabilities(name, targets, full, batch)
     probs = checks.float_array(name, targets)
-    checks.probabilities(name, probs, full)
     if ignore_index is not None:
         hint = "Give the examples to leave out weight 0: weights=mask."
         checks.fail(ValueError, "ignore_index", "None for probability targets", repr(ignore_index), hint)
@@ -93,7 +91,7 @@ def class_indices(name: str, x: Any, ignore_index: int | None) -> tuple[Array, i
     that is too large becomes the smallest number. So NumPy and JAX arrays of every dtype mean the same.
     """
     if not checks.is_integers(x):
-        checks.fail(TypeError, name, "an array of integers, class indices", checks.describe(x))
+        checks.not_labels(name, x, 0)
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     given, used = x.dtype, jnp.dtype(jnp.int32)
     if jnp.iinfo(given).max > jnp.iinfo(used).max:

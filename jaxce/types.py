@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, Generic, Literal, Protocol, TypedDict, TypeVar, cast
+from typing import Any, Generic, Literal, Protocol, TypedDict, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import jax
 from jax import Array
+
+from jaxce import checks
 
 Reduction = Literal["none", "sum", "mean", "mean_count"]
 Implementation = Literal["xla", "autodiff"]
@@ -48,10 +51,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def takes_variables(function: Function) -> Function:
-    """The function, with the array of every variable among its arguments in its place: gradients flow to it."""
+    """The function, with the array of every variable among its arguments in its place: gradients flow to it.
+
+    A keyword that it does not have is an error that says which it may have meant.
+    """
+    parameters = inspect.signature(function).parameters
+    known = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+    if len(known) < len(parameters):
+        known |= get_origin(get_args(get_type_hints(function)["options"])[0]).__annotations__.keys()
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not known.issuperset(kwargs):
+            checks.keywords(function.__name__, kwargs, known, CommonOptions.__annotations__)
         return function(*map(array_of, args), **{name: array_of(x) for name, x in kwargs.items()})
 
     return cast(Function, wrapped)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import jaxce
-from jaxce import SparseTargets, checks
+from jaxce import SparseTargets, checks, diagnostics
 
 pytestmark = pytest.mark.every_case
 
@@ -458,7 +458,166 @@ LINEAR_CASES = {
     "reduction": Wrong(lambda: linear(reduction="avg"), ValueError, "reduction", "'mean_count'", "'avg'"),
 }
 
+# What can be got wrong in every loss. Each takes what it makes of `[2, 3]` numbers, targets and options.
+SCORES = np.array([[0.5, -1.0, 2.0], [-0.25, 1.5, -2.0]], np.float32)
+LOSSES: dict[str, Callable[..., Any]] = {
+    "dense": jaxce.softmax_cross_entropy,
+    "integer": jaxce.softmax_cross_entropy_with_integer_labels,
+    "from_probs": jaxce.cross_entropy_from_probs,
+    "linear": lambda x, targets, **options: linear(x, np.eye(3, dtype=np.float32), targets, **options),
+    "plan": lambda x, targets, **options: jaxce.plan_linear_cross_entropy(x, KERNEL[:3], targets, **options),
+    "tune": lambda x, targets, **options: jaxce.tune_linear_cross_entropy(x, KERNEL[:3], targets, **options),
+    "report": diagnostics.report,
+}
+RAGGED = [[1.0, 2.0], [3.0]]
+
+
+def of_every_loss(name: str, f: Callable[..., Any]) -> dict[str, Wrong]:
+    x = {"from_probs": "probs", "linear": "hidden", "plan": "hidden", "tune": "hidden"}.get(name, "logits")
+    t = "labels" if name == "integer" else "targets"
+    one_hot, order = np.eye(2, 3, dtype=np.int32), f"the order is {x}, {t}"
+    wrong_dtype = TypeError if name in ("integer", "report") else ValueError
+    objects, ragged = SCORES.astype(object), np.array([*map(np.array, RAGGED)], object)
+    cases = {
+        "swapped": Wrong(
+            lambda: f(LABELS, SCORES), TypeError, x, "floats", r"int32 of shape \(2,\)", f"^They look swapped: {order}"
+        ),
+        "swapped, or integers": Wrong(
+            lambda: f(one_hot, SCORES),
+            TypeError,
+            x,
+            "floats",
+            "int32",
+            rf"{x}\.astype\(jnp\.float32\)\. Or swap them: {order}",
+        ),
+        "integers": Wrong(
+            lambda: f(one_hot, LABELS), TypeError, x, "floats", "int32", rf"with {x}\.astype\(jnp\.float32\)\.$"
+        ),
+        "labels as floats": Wrong(
+            lambda: f(SCORES, LABELS.astype(np.float32)), wrong_dtype, t, "", "float32", rf"{t}\.astype\(int\)"
+        ),
+        "labels as bools": Wrong(
+            lambda: f(SCORES, LABELS > 0), TypeError, t, "class indices", "bool", rf"{t}\.astype\(int\)"
+        ),
+        "objects": Wrong(lambda: f(objects, LABELS), TypeError, x, "floats", "object", rf"{x}\.astype"),
+        "labels as objects": Wrong(
+            lambda: f(SCORES, LABELS.astype(object)), TypeError, t, "indices", "object", rf"{t}\.astype\(int\)"
+        ),
+        "ragged list": Wrong(lambda: f(RAGGED, LABELS), TypeError, x, "floats", "list", "differ in length: pad"),
+        "ragged array": Wrong(lambda: f(ragged, LABELS), TypeError, x, "floats", "object", "differ in length: pad"),
+        "ragged labels": Wrong(lambda: f(SCORES, RAGGED), TypeError, t, "indices", "list", "differ in length: pad"),
+        "another library's keyword": Wrong(
+            lambda: f(SCORES, LABELS, ignore_idx=0),
+            TypeError,
+            "ignore_idx",
+            "argument of",
+            "unexpected",
+            "ignore_index",
+        ),
+        "unknown keyword": Wrong(lambda: f(SCORES, LABELS, q=0), TypeError, "q", "", "unexpected", f"There are .*{t}"),
+    }
+    if name in ("dense", "from_probs", "linear"):
+        for kind, targets in {
+            "logits": SCORES,
+            "some": np.where([[True], [False]], PROBS, SCORES),
+            "log-probabilities": np.log(PROBS),
+            "masked logits": np.array([[1, 2, -np.inf], [1, 0, 0]], np.float32),
+            "JAX array": jnp.asarray(SCORES),
+            "bfloat16": jnp.asarray(SCORES, jnp.bfloat16),
+        }.items():
+            cases[f"logits as targets: {kind}"] = Wrong(
+                lambda targets=targets: f(PROBS, targets),
+                ValueError,
+                t,
+                "probabilities >= 0",
+                r"of shape \(2, 3\) with entries from -",
+                "They look like logits or log-probabilities.*softmax.*The order is logits, targets",
+            )
+    options = {
+        "dense": ("weights", "class_weights", "where", "temperature"),
+        "linear": ("weights", "class_weights", "where", "temperature", "bias"),
+        "from_probs": ("weights", "class_weights"),
+        "report": ("weights",),
+    }
+    for option in options.get({"plan": "linear", "tune": "linear"}.get(name, name), ()):
+        for kind, value, hint in (("objects", objects, rf"{option}\.astype"), ("ragged", RAGGED, "pad them")):
+            cases[f"{option}: {kind}"] = Wrong(
+                lambda option=option, value=value: f(SCORES, LABELS, **{option: value}),
+                TypeError,
+                option,
+                "array of",
+                "object|list",
+                hint,
+            )
+    return cases
+
+
+# The same of one loss: what others call it, and what it is here.
+NAMES = {
+    "weight": "class_weights",
+    "sample_weight": "weights",
+    "mask": "weights",
+    "ignore_label": "ignore_index",
+    "label_smoothing_factor": "label_smoothing",
+    "logits_softcap": "logit_softcap",
+    "reducton": "reduction",
+    "target": "targets",
+}
+WORDS = {
+    None: "none",
+    "MEAN": "mean",
+    "avg": "mean",
+    "batchmean": "mean_count",
+    "sum_over_batch_size": "mean_count",
+    "mean-count": "mean_count",
+}
+ELSEWHERE_CASES = {
+    **{
+        name: Wrong(
+            lambda name=name: loss(**{name: 0}), TypeError, name, "softmax_cross_entropy", "unexpected", f"is {ours}"
+        )
+        for name, ours in NAMES.items()
+    },
+    **{
+        f"reduction {word}": Wrong(
+            lambda word=word: loss(reduction=word), ValueError, "reduction", "'none'", repr(word), f"mean '{ours}'"
+        )
+        for word, ours in WORDS.items()
+    },
+    "from_logits": Wrong(
+        lambda: loss(from_logits=True), TypeError, "from_logits", "", "unexpected", "jaxce.cross_entropy_from_probs"
+    ),
+    "an option of the other function": Wrong(
+        lambda: jaxce.softmax_cross_entropy_with_integer_labels(LOGITS, LABELS, reduction="mean"),
+        TypeError,
+        "reduction",
+        "argument of softmax_cross_entropy_with_integer_labels",
+        "unexpected",
+        "Use jaxce.softmax_cross_entropy, which has reduction",
+    ),
+    "nothing like it": Wrong(lambda: loss(reduction="x"), ValueError, "reduction", "'none'", "'x'", "^$"),
+}
+
+VMAP_CASES = {
+    f"{name}: {option}": Wrong(
+        lambda f=f, options={option: "i"}: jax.vmap(
+            lambda z: f(z, LABELS, reduction="sum", **options), axis_name="i"
+        )(SCORES[None]),
+        ValueError,
+        option,
+        "mesh of a surrounding jax.shard_map",
+        r"'i', an axis of jax\.vmap",
+        "one device",
+    )
+    for name, f in LOSSES.items()
+    if name in ("dense", "linear")
+    for option in ("axis_name", "batch_axis_name")
+}  # fmt: skip
+
 GROUPS = {
+    **{f"every loss, {name}": of_every_loss(name, f) for name, f in LOSSES.items()},
+    "elsewhere": ELSEWHERE_CASES,
+    "vmap": VMAP_CASES,
     "linear": LINEAR_CASES,
     "logits": LOGITS_CASES,
     "targets": TARGETS_CASES,
@@ -486,6 +645,35 @@ def test_message(case):
     assert name == case.name
     for pattern, text in ((case.expected, expected), (case.got, got), (case.hint, hint or "")):
         assert re.search(pattern, text), f"{pattern!r} is not in {text!r}, of: {caught.value}"
+
+
+# Rows that sum to 3 ln(3) at most, in size, in the first of which the entries below 0 have a meaning.
+SIGNED = {
+    "weighted labels": np.array([[0, -7, 0], [0, 0, 2]], np.float32),
+    "weighted and smooth": np.array([[-5.6, -0.7, -0.7], [0.1, 0.1, 0.8]], np.float32),
+    "weighted, with rounding": np.array([[3, -1e-7, 3], [0, 1, 0]], np.float32),
+    "negative smoothing": np.array([[1.2, -0.1, -0.1], [-0.1, 1.2, -0.1]], np.float32),
+    "a difference": np.array([[1, 0, -1], [0, 1, -1]], np.float32),
+    "sums other than 1": np.array([[2, 3, 4], [0, 0, 0]], np.float32),
+}
+
+
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("targets", SIGNED.values(), ids=SIGNED)
+def test_targets_that_are_no_logits(targets, make):
+    """At equal logits a target costs ln 3 times its sum, which is what such targets mean."""
+    wanted = targets.sum(-1) * np.log(3)
+    np.testing.assert_allclose(loss(targets=make(targets)), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_targets_are_looked_at_where_that_is_cheap(monkeypatch):
+    """And where every row counts: what does not may hold anything."""
+    wanted = SCORES.sum(-1) * np.log(3)
+    np.testing.assert_allclose(jax.jit(loss)(LOGITS, SCORES), wanted, rtol=1e-6)
+    np.testing.assert_allclose(loss(targets=SCORES, weights=np.ones(2)), wanted, rtol=1e-6)
+    np.testing.assert_allclose(loss(targets=SCORES, where=np.ones((2, 3), bool)), wanted, rtol=1e-6)
+    monkeypatch.setattr(checks, "_LOOKED_AT", 5)
+    np.testing.assert_allclose(loss(targets=SCORES), wanted, rtol=1e-6)
 
 
 def test_errors_come_while_tracing():

@@ -238,6 +238,27 @@ def test_says_no_better_than_chance_and_worse(rng):
     assert any(said.startswith("Overconfident") for said in found.findings)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_equal_logits_are_no_mistake(classes):
+    """Neither of confidence nor of a class: which one comes first says nothing."""
+    balanced, uneven = np.arange(120) % classes, np.maximum(np.arange(120) % 60 - 60 + classes, 0)
+    found = diagnostics.report(jnp.full((120, classes), 3.0), balanced)
+    (said,) = found.findings
+    assert said.startswith("No better than guessing (loss")
+    (said,) = diagnostics.report(jnp.full((120, classes), 3.0), uneven).findings
+    assert said.startswith("Worse than guessing with the class frequencies")
+    assert said.endswith("the probabilities are too even.")
+
+
+def test_small_logits_are_no_confident_mistakes(rng):
+    """Nor are those of a model that has hardly begun: rare classes cost it what they cost everyone."""
+    labels = (np.arange(500) % 10 == 0).astype(np.int32)
+    said = diagnostics.report(1e-3 * rng.normal(size=(500, 2)).astype(np.float32), labels).findings[0]
+    assert said.endswith("the probabilities are too even.")
+    said = diagnostics.report(3 * rng.normal(size=(500, 2)).astype(np.float32), labels).findings[0]
+    assert said.endswith("confident mistakes cost more than the rest gains.")
+
+
 def test_frequencies_are_the_guess_to_beat():
     labels = np.repeat(np.array([0, 1], np.int32), [95, 5])
     logits = np.tile(np.log(np.array([[0.95, 0.05]], np.float32)), (100, 1))
@@ -337,7 +358,7 @@ def test_narrow_dtypes(rng, dtype, labels):
 
 def test_refuses():
     logits = jnp.zeros((4, 3))
-    with pytest.raises(TypeError, match=r"targets: expected integers.*argmax"):
+    with pytest.raises(TypeError, match=r"targets: expected an array of integers.*argmax"):
         diagnostics.report(logits, logits)
     with pytest.raises(ValueError, match="targets: expected shape"):
         diagnostics.report(logits, jnp.zeros((4, 1), jnp.int32))

@@ -1,4 +1,4 @@
-"""Under checkify, a label that is no class is an error that names it. Elsewhere the check costs nothing."""
+"""Under checkify, a label that is no class and logits for targets are errors. Elsewhere the checks cost nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import checkify
+from jax.experimental import checkify, jet
 
 import jaxce
 from jaxce import SparseTargets
@@ -112,6 +112,38 @@ def test_every_public_function_checks():
         assert f"label {V} is not one of the {V} classes" in error.get(), function.__name__
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_logits_in_place_of_targets(transform):
+    check = jax.jit(checkify.checkify(TRANSFORMS[transform]()))
+    for wrong in (LOGITS.reshape(V, 4).T, np.log(jax.nn.softmax(LOGITS))):
+        assert check(LOGITS, wrong)[0].get().startswith("targets: expected probabilities >= 0; got entries from -")
+    assert check(LOGITS, jax.nn.softmax(LOGITS))[0].get() is None
+
+
+def test_targets_of_a_batch_anywhere():
+    """The classes stay the classes, whichever axis is mapped: of these only the columns are distributions."""
+    signed = np.array([[1.5, -2.0], [-0.5, 3.0]], np.float32)
+    for mapped, fine in ((0, signed.T), (1, signed)):
+        check = jax.jit(checkify.checkify(jax.vmap(loss, (mapped, mapped))))
+        assert check(signed, fine)[0].get() is None
+        assert check(signed, fine.T)[0].get() is not None
+
+
+def test_the_check_of_targets_is_differentiated_as_nothing():
+    targets = jax.nn.softmax(LOGITS)
+
+    def total(t):
+        return loss(LOGITS, t, implementation="autodiff")
+
+    wanted = -jax.nn.log_softmax(LOGITS)
+    eps = np.finfo(np.float32).eps
+    for gradient in jax.grad(total)(targets), jax.jacfwd(total)(targets):
+        np.testing.assert_allclose(gradient, wanted, rtol=16 * eps)
+    _, (slope, curvature) = jet.jet(total, (targets,), ((jnp.ones_like(targets), jnp.zeros_like(targets)),))
+    np.testing.assert_allclose(slope, wanted.sum(), rtol=64 * eps)
+    assert curvature == 0
+
+
 def test_it_is_a_user_check_among_the_others():
     """The set of errors that a caller asks for decides, as for checkify.check."""
     bad = labels(0, 1, V, 2)
@@ -137,6 +169,9 @@ def test_without_checkify_nothing_raises_and_nothing_has_effects(implementation)
     assert not jax.make_jaxpr(per_row)(LOGITS).effects
     assert not jax.make_jaxpr(jax.grad(lambda z: per_row(z).sum()))(LOGITS).effects
     assert "check_labels" in str(jax.make_jaxpr(per_row)(LOGITS))  # or the two lines above would say nothing
+    of_targets = jax.make_jaxpr(lambda t: loss(LOGITS, t, implementation=implementation))(LOGITS)
+    assert "check_targets" in str(of_targets)
+    assert not of_targets.effects
     assert "custom_call" not in jax.jit(per_row).lower(LOGITS).as_text()
 
 

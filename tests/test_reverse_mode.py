@@ -36,7 +36,8 @@ FORWARD = {
 @pytest.mark.parametrize("forward", FORWARD)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_forward_mode_names_the_other_implementation(loss, forward):
-    with pytest.raises(TypeError, match=r"^implementation: expected 'autodiff' for forward mode \(jvp, jacfwd"):
+    message = r"^implementation: expected 'autodiff' for forward mode \(jvp, jacfwd.* Pass implementation='autodiff' to"
+    with pytest.raises(TypeError, match=message):
         FORWARD[forward](LOSSES[loss])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 FEW = 0.05  # "a few examples": at most this share of them ...
 MOST = 0.5  # ... which carry at least this share of the loss
+UNIFORM = 1.0001  # times 1/C: the confidence where all logits are equal, up to rounding
 CALIBRATION_MARGIN = 0.03  # confidence and accuracy this close are as good as equal
 LISTED = 5
 
@@ -48,13 +49,20 @@ def _chance(report: Any) -> str:
     how = "guessing with the class frequencies" if guess < 0.99 * report.chance else "guessing"
     beaten = guess - report.loss
     beside = f"loss {report.loss:.4g}, guessing {guess:.4g}"
-    if beaten < -2 * report.standard_error:
-        return f"Worse than {how} ({beside}): confident mistakes cost more than the rest gains."
-    if beaten <= max(2 * report.standard_error, 1e-3 * guess):
+    margin = max(2 * report.standard_error, 1e-3 * guess)
+    if beaten < -margin:
+        confident = report.loss > report.chance + margin or report.confidence > report.accuracy + CALIBRATION_MARGIN
+        why = "confident mistakes cost more than the rest gains" if confident else "the probabilities are too even"
+        return f"Worse than {how} ({beside}): {why}."
+    if beaten <= margin:
         return f"No better than {how} ({beside})."
     share = beaten / guess
     degree = "Far better" if share >= 0.5 else "Better" if share >= 0.1 else "Barely better"
     return f"{degree} than {how} ({beside}): {share:.0%} of that loss is gone."
+
+
+def _uniform(report: Any) -> bool:
+    return bool(report.classes > 1 and report.confidence * report.classes <= UNIFORM)
 
 
 def _few(report: Any) -> str:
@@ -77,6 +85,8 @@ def _few(report: Any) -> str:
 
 
 def _confidence(report: Any) -> str:
+    if _uniform(report):  # the first of equals is right by chance, and no temperature changes that
+        return ""
     gap = report.confidence - report.accuracy
     # The share of hits among n examples is itself known to within its standard error only.
     noise = 2 * math.sqrt(max(report.accuracy * (1 - report.accuracy), 0) / report.examples)
@@ -95,7 +105,7 @@ def _absent(report: Any) -> str:
 
 
 def _never_predicted(report: Any) -> str:
-    names = [c.name for c in report.per_class if c.count and c.predicted == 0]
+    names = [c.name for c in report.per_class if c.count and c.predicted == 0 and not _uniform(report)]
     return f"Classes that are never predicted: {_listed(names)}." if names else ""
 
 

@@ -48,11 +48,10 @@ def checked(
     logits: Any, targets: Any, weights: Any, ignore_index: int | None
 ) -> tuple[Array, Array, Array, int | None]:
     """Logits, labels, weights in the working dtype, which `flat` takes; and the number that ignored labels have."""
-    logits = checks.float_array("logits", logits)
+    logits = checks.float_array("logits", logits, targets)
     checks.num_classes("logits", logits.shape[-1])
     if not checks.is_integers(targets):
-        hint = "The classes of one-hot targets are targets.argmax(-1)."
-        checks.fail(TypeError, "targets", "integers, one class per example", checks.describe(targets), hint)
+        checks.not_labels("targets", targets, logits.ndim, "The classes of one-hot targets are targets.argmax(-1).")
     targets, ignore_index = class_indices("targets", targets, ignore_index)
     batch = logits.shape[:-1]
     checks.indices("targets", targets, batch, logits.shape)

@@ -257,9 +257,14 @@ def arrays_and_constants(arguments: dict[str, Any]) -> tuple[dict[str, Any], dic
     arrays = {
         name: x
         for name, x in arguments.items()
-        if (leaves := jax.tree.leaves(x)) and all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves)
+        if (leaves := jax.tree.leaves(x)) and all(map(_describes_array, leaves))
     }
     return arrays, {name: x for name, x in arguments.items() if name not in arrays}
+
+
+def _describes_array(x: Any) -> bool:
+    """As JAX takes it: arrays of objects, for one, are left to the checks."""
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not (isinstance(x, np.ndarray) and not checks.is_array(x))
 
 
 def _checked(
@@ -275,8 +280,8 @@ def _checked(
     precision: Any = None,
     **options: Any,
 ) -> tuple[Projection, Examples, Shared, Options, blocks.Schedules, Problem]:
-    hidden = checks.float_array("hidden", hidden)
-    kernel = checks.float_array("kernel", kernel)
+    hidden = checks.float_array("hidden", hidden, targets)
+    kernel = checks.float_array("kernel", kernel, targets)
     *batch, D = hidden.shape
     checks.one_of("vocab_axis", vocab_axis, (0, 1, -2, -1))
     vocab_axis %= 2
