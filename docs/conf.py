@@ -1,7 +1,10 @@
-"""Sphinx builds these pages from the docstrings, the README and the notebooks: `make docs`."""
+"""Sphinx builds these pages, the reference from the docstrings: `make docs`. No page loads anything from elsewhere."""
 
 import pathlib
 import shutil
+
+from docutils import nodes
+from latex2mathml.converter import convert
 
 import jaxce
 
@@ -17,13 +20,14 @@ project = "jaxce"
 author = copyright = "The jaxce authors"
 version = release = jaxce.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "myst_nb"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
 default_role = "py:obj"  # `name` in a docstring: a link where it is a public name, code otherwise
 
 html_theme = "furo"
 html_title = f"jaxce {version}"
 html_static_path = ["static"]
-html_css_files = ["wide.css"]
+html_css_files = ["pages.css"]
+html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say which shapes and dtypes
@@ -34,5 +38,16 @@ napoleon_attr_annotations = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]  # a page made of a part of the README starts below its headings
+myst_update_mathjax = False
 nb_execution_mode = "off"  # the notebooks are committed with their outputs: `make notebooks`
+
+
+def mathml(translator, node):
+    """Formulas as MathML, which browsers show without a script."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    translator.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (mathml, None), (mathml, None))
