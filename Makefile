@@ -17,7 +17,7 @@ PEERS_VENV ?= .venv-peers
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo data test test-slow fuzz peers mutants lint bench docs notebooks clean
+.PHONY: demo data test test-slow fuzz peers mutants lint release-check bench docs notebooks clean
 
 demo: $(READY) data  ## train a convolutional network on CIFAR-10 with jaxce's loss
 	$(BIN)/python -m jaxce.examples.cifar10 --data-dir $(DATA) --output-dir runs/demo $(DEMO_ARGS)
@@ -46,6 +46,9 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+release-check: $(READY)  ## build a release, install it where nothing else is, run its tests from its sources (minutes)
+	$(BIN)/python tests/release.py
+
 bench: $(READY)  ## the figures and plots of README and docs (30 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks dense
 	$(BIN)/python -m benchmarks linear
@@ -60,7 +63,7 @@ notebooks: $(READY) data  ## run the notebooks from the top and keep their outpu
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test,bench,docs,notebooks]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,bench,docs,notebooks,release]"
 	@touch $@
 
 $(PEERS_VENV)/.ready: pyproject.toml

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxce.versions import varying_axes
+
 
 def fail(kind: type[Exception], name: str, expected: str, got: str, hint: str = "") -> NoReturn:
     raise kind(f"{name}: expected {expected}; got {got}." + (f" {hint}" if hint else ""))
@@ -240,7 +242,7 @@ def _axis_names(name: str, x: Any) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         fail(ValueError, name, "axes that differ", repr(x))
     try:
-        varies = jax.typeof(jax.lax.axis_index(names)).mat.varying if names else frozenset()
+        varies = varying_axes(jax.typeof(jax.lax.axis_index(names))) if names else frozenset()
     except NameError:
         fail(ValueError, name, "axes of the mesh of a surrounding jax.shard_map", repr(x), "Call the loss inside one.")
     if varies != set(names):
@@ -251,7 +253,7 @@ def _axis_names(name: str, x: Any) -> tuple[str, ...]:
 
 def split_over(name: str, x: jax.Array, axis_name: tuple[str, ...], what: str) -> None:
     """Whether devices along the mesh axes hold different shares of `x`, as far as its type can tell."""
-    if missing := set(axis_name) - jax.typeof(x).mat.varying:
+    if missing := set(axis_name) - varying_axes(jax.typeof(x)):
         hint = "Name the axis in in_specs, or do not pass it here: every device would count the same numbers again."
         names = ", ".join(map(repr, sorted(missing)))
         fail(

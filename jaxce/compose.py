@@ -8,8 +8,6 @@ are used, never multiplied away.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -23,13 +21,7 @@ from jaxce.stats import Terms, times
 from jaxce.targets import class_weight_at, entry_probs, nan_where_unknown
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["nll", "log_normalizer", "entropy", "prediction", "weight"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
-class CrossEntropyAux:
+class CrossEntropyAux(NamedTuple):
     """What `return_aux=True` returns beside the loss: five arrays of the batch shape, whatever the reduction.
 
     All but `prediction` are in the working dtype. `nll`, `log_normalizer` and `entropy` are differentiable, alone or

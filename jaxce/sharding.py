@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxce.versions import varying_axes
+
 Tree = TypeVar("Tree")
 AxisNames = tuple[str, ...]
 
@@ -36,7 +38,7 @@ def mask_like(mask: Array, like: Array) -> Array:
 
 def varying(*trees: Any) -> frozenset[str]:
     """The mesh axes of a `shard_map` along which any of the arrays differs."""
-    return frozenset().union(*(jax.typeof(a).mat.varying for a in jax.tree.leaves(trees)))
+    return frozenset().union(*(varying_axes(jax.typeof(a)) for a in jax.tree.leaves(trees)))
 
 
 def vary(tree: Tree, axes: frozenset[str]) -> Tree:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +18,7 @@ from jaxce.stats import working_dtype
 from jaxce.types import ArrayLike, array_of
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "probs"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class SparseTargets:
+class SparseTargets(NamedTuple):
     """A target distribution with K classes of probability other than zero, whatever the number of classes.
 
     It stands for t with t[indices[k]] += probs[k]: the same class may occur more than once (mixup of two examples of

@@ -22,7 +22,7 @@ if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:  # tests/muta
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--half", type=int, choices=(0, 1), help="of the slow tests, only every other one: these or those")
+    parser.addoption("--quarter", type=int, choices=range(4), help="a part of the slow tests: which")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -39,11 +39,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         same.sort(key=lambda item: zlib.crc32(item.name.encode()))
         for item in same[-(-len(same) // 8) :]:
             item.add_marker("slow")
-    if (half := config.getoption("half")) is not None:
+    if (quarter := config.getoption("quarter")) is not None:
         items[:] = [
             item
             for item in items
-            if not item.get_closest_marker("slow") or zlib.crc32(item.nodeid.split("[")[0].encode()) % 2 == half
+            if not item.get_closest_marker("slow") or zlib.crc32(item.nodeid.split("[")[0].encode()) % 4 == quarter
         ]
 
 

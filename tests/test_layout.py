@@ -21,6 +21,7 @@ PACKAGE = pathlib.Path(jaxce.__file__).parent
 
 # Each module may import those before it. A new module has to be given its place here.
 ORDER = [
+    "jaxce.versions",
     "jaxce.checks",
     "jaxce.types",
     "jaxce.primitives",
@@ -60,6 +61,7 @@ ORDER = [
     "jaxce.diagnostics.reporting",
     "jaxce.diagnostics",
     "jaxce",
+    "jaxce.info",
     "jaxce.examples",
     "jaxce.examples.common",
     "jaxce.examples.cifar10",

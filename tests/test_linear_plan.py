@@ -18,9 +18,16 @@ from jaxce.linear import costs
 from jaxce.linear import plan as plans
 from tests.pairwise import pairwise
 
+
+def mesh_of(kind: str, **platform: str) -> AbstractMesh:
+    known = platform if "platform" in AbstractDevice.__dataclass_fields__ else {}  # from JAX 0.10.1 on
+    return AbstractMesh((1,), ("i",), abstract_device=AbstractDevice(device_kind=kind, num_cores=1, **known))
+
+
 ON = {
-    kind: AbstractMesh((1,), ("i",), abstract_device=AbstractDevice(device_kind=kind, num_cores=1, platform=platform))
-    for kind, platform in (("TPU v5 lite", "tpu"), ("TPU7x", "tpu"), ("NVIDIA H100", "gpu"))
+    "TPU v5 lite": mesh_of("TPU v5 lite", platform="tpu"),
+    "TPU7x": mesh_of("TPU7x", platform="tpu"),
+    "NVIDIA H100": mesh_of("NVIDIA H100", platform="gpu"),
 }
 
 

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.every_case
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
-URLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+URLS = PROJECT["urls"]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in tables.pages()}
 BLOCKS = {
     name: re.findall(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", text, re.S | re.M)
@@ -101,6 +102,15 @@ def test_the_readme_can_be_read_on_a_package_index():
     """Where links relative to this repository lead nowhere."""
     assert [link for link in LINKS["README.md"] if not link.startswith("https://")] == []
     assert not re.search(r"<(img|a) |^\[[^\]]+\]:", PROSE["README.md"], re.M)  # links that the line above does not see
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_versions_that_are_needed(page):
+    needed = {"Python": PROJECT["requires-python"]} | dict(
+        re.findall(r"(\w+)(>=[\d.]+)", " ".join(PROJECT["dependencies"]))
+    )
+    python, jax_, numpy = (needed[name].removeprefix(">=") for name in ("Python", "jax", "numpy"))
+    assert f"needs Python {python}, JAX {jax_} and NumPy {numpy}, or newer" in TEXTS[page]
 
 
 def test_the_readme_is_short():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,7 @@ from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes
 from jaxce.types import ArrayLike, takes_variables
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["weight", "confidences", "hits"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class Calibration:
+class Calibration(NamedTuple):
     """Examples binned by confidence, the probability of the predicted class. Bins are of equal width, `(low, high]`.
 
     Attributes:

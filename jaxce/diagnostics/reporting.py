@@ -231,7 +231,7 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
             prior_skill=float(1 - np.float64(loss) / prior_chance) if prior_chance else math.nan,
             accuracy=float(hits / weight),
             accuracy_bound=float(np.maximum(1 - loss / np.log(2), 0)),
-            top_k={k: float(h / weight) for k, h in zip(s.top_k, s.top_k_hits, strict=True)},
+            top_k={k: float(h / weight) for k, h in s.top_k_hits.items()},
             confidence=float(reliability.confidences.sum() / weight),
             expected_calibration_error=float(gap.sum() / weight),
             maximum_calibration_error=float(np.max(np.where(reliability.weight == 0, 0, gap / reliability.weight))),
@@ -253,7 +253,7 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
             costliest=tuple(
                 ExampleResult(int(i), name(int(label)), name(int(predicted)), float(loss), float(cost))
                 for i, label, predicted, loss, cost in zip(
-                    s.costliest.index,
+                    s.costliest.example,
                     s.costliest.label,
                     s.costliest.prediction,
                     s.costliest.loss,

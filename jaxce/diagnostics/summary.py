@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,20 @@ from jaxce.types import ArrayLike, takes_variables
 LOSS_EDGES = np.logspace(-6, 2, 41)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["index", "label", "prediction", "loss", "cost"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Costliest:
-    """The m examples with the largest cost (weight times loss), largest first; NaN counts as inf, −1 fills up."""
+class Costliest(NamedTuple):
+    """The m examples with the largest cost (weight times loss), largest first; NaN counts as inf, −1 fills up.
 
-    index: Array
+    `example` is the number of each among all that were seen.
+    """
+
+    example: Array
     label: Array
     prediction: Array
     loss: Array
     cost: Array
 
     def merge(self, other: Costliest, offset: Array) -> Costliest:
-        other = dataclasses.replace(other, index=other.index + offset)
+        other = other._replace(example=other.example + offset)
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), self, other)
         # Not NaN itself, which top_k orders differently from one version of JAX to the next.
         _, best = jax.lax.top_k(jnp.where(jnp.isnan(both.cost), jnp.inf, both.cost), self.cost.shape[0])
@@ -42,17 +41,7 @@ class Costliest:
         return costliest
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "seen", "examples", "loss_squares", "brier", "right_loss", "wrong_loss", "top_k_hits",
-        "class_examples", "class_weight", "class_loss", "class_hits", "predicted_weight",
-        "right_histogram", "wrong_histogram", "probability_rows", "calibration", "unattributed", "costliest",
-    ],
-    meta_fields=["top_k"],
-)  # fmt: skip
-@dataclasses.dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """Sums over examples, weighted unless they are counts: a pytree of fixed size, however many examples it is of.
 
     Attributes:
@@ -61,7 +50,7 @@ class Summary:
       loss_squares: the sum of squared losses.
       brier: the sum of Brier scores.
       right_loss, wrong_loss: the sum of the losses of right, and of wrong predictions.
-      top_k_hits: `[K]`, for each k of `top_k`.
+      top_k_hits: by k.
       class_examples: int32 `[V]`, by label.
       class_weight, class_loss, class_hits: `[V]`, by label.
       predicted_weight: `[V]`, by prediction.
@@ -70,7 +59,6 @@ class Summary:
       calibration: reliability bins.
       unattributed: 0, or NaN if an example's label was no class, so that no class can show it.
       costliest: the examples with the largest losses.
-      top_k: the numbers k.
     """
 
     seen: Array
@@ -79,7 +67,7 @@ class Summary:
     brier: Array
     right_loss: Array
     wrong_loss: Array
-    top_k_hits: Array
+    top_k_hits: dict[int, Array]
     class_examples: Array
     class_weight: Array
     class_loss: Array
@@ -91,7 +79,6 @@ class Summary:
     calibration: Calibration
     unattributed: Array
     costliest: Costliest
-    top_k: tuple[int, ...]
 
 
 @takes_variables
@@ -179,9 +166,8 @@ def _summarize(
         counted = made.weighted(jnp.where(chosen & ~unknown, ones, 0))
         return jnp.zeros(len(LOSS_EDGES) + 1, ones.dtype).at[which].add(counted)
 
-    def top_k_hits() -> Array:
-        hits = [made.total(jnp.where(unknown, made.nll, (made.rank < k).astype(ones.dtype))) for k in top_k]
-        return jnp.stack(hits) if hits else jnp.zeros(0, ones.dtype)
+    def hits(k: int) -> Array:
+        return made.total(jnp.where(unknown, made.nll, (made.rank < k).astype(ones.dtype)))
 
     return Summary(
         seen=jnp.asarray(labels.shape[0], jnp.int32),
@@ -190,7 +176,7 @@ def _summarize(
         brier=made.total(made.brier),
         right_loss=made.total(jnp.where(right, made.nll, 0)),
         wrong_loss=made.total(jnp.where(right, 0, made.nll)),
-        top_k_hits=top_k_hits(),
+        top_k_hits={k: hits(k) for k in top_k},
         class_examples=by_class(made.used.astype(jnp.int32)),
         class_weight=by_class(made.weighted(ones)),
         class_loss=by_class(made.weighted(made.nll)),
@@ -202,7 +188,6 @@ def _summarize(
         calibration=binned(made, num_bins),
         unattributed=made.total(jnp.where(made.label < num_classes, 0, jnp.nan)),
         costliest=_costliest(made, num_costliest),
-        top_k=top_k,
     )
 
 
@@ -248,7 +233,7 @@ def merge(a: Summary, b: Summary) -> Summary:
     Note:
       Associative, up to the rounding of sums.
     """
-    shapes = [(s.top_k, jax.tree.map(jnp.shape, s)) for s in (a, b)]
+    shapes = [jax.tree.map(jnp.shape, s) for s in (a, b)]
     if shapes[0] != shapes[1]:
         hint = "Summarize every batch with the same number of classes, top_k, num_bins and num_costliest."
         checks.fail(ValueError, "b", "a Summary shaped as a", f"{shapes[1]} beside {shapes[0]}", hint)

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxce.versions import platform_of
+
 
 def chip() -> tuple[str, str]:
     """Platform and kind of the device that this process runs programs on, or says it traces them for."""
     default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     device = jax.sharding.get_abstract_mesh().abstract_device or default or jax.devices()[0]
-    return (device, "") if isinstance(device, str) else (device.platform, device.device_kind)
+    return (device, "") if isinstance(device, str) else (platform_of(device), device.device_kind)
 
 
 def kind_of(platform: str) -> str:

@@ -5,7 +5,6 @@ Arrays that carry their sharding in their type (a mesh with Explicit axes) have 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,7 +80,7 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
     def placed_targets(x: Any) -> Any:
         # Labels before anything else: a JAX array would wrap those that are too large for it.
         if isinstance(x, SparseTargets):
-            x, spec = dataclasses.replace(x, indices=labels("targets.indices", x.indices)), (*tokens, None)
+            x, spec = x._replace(indices=labels("targets.indices", x.indices)), (*tokens, None)
             return jax.tree.map(lambda x: placed(x, spec), x)
         return placed(labels("targets", x), tokens) if checks.is_integers(x) else placed(x, (*tokens, classes))
 

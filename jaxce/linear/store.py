@@ -30,6 +30,7 @@ from jaxce.linear.mesh import row_axes
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finish, finite, matmul_dtype, times, working_dtype
+from jaxce.versions import varying_axes
 
 Sum = tuple[Array, CrossEntropyAux | None]
 Arguments = tuple[Projection, Examples, Shared]  # or gradients in them
@@ -56,7 +57,7 @@ def loss(
     sums = dataclasses.replace(options, reduction="sum", batch_axis_name=())
     total, aux = _summed_loss(schedules, sums, *arguments, counts, vary(divisor, rows))
     total = jnp.where(nothing, 0, sum_over(total, options.batch_axis_name))
-    return total if aux is None else (total, dataclasses.replace(aux, weight=counts.weight))
+    return total if aux is None else (total, aux._replace(weight=counts.weight))
 
 
 def _recomputed_sum(
@@ -167,7 +168,7 @@ def _used(ct: Any) -> bool:
 
 
 def _materialised(ct: Any) -> Any:
-    return vary(jnp.zeros(ct.shape, ct.dtype), ct.aval.mat.varying) if _is_symbolic(ct) else ct
+    return vary(jnp.zeros(ct.shape, ct.dtype), varying_axes(ct.aval)) if _is_symbolic(ct) else ct
 
 
 _summed_loss.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)

@@ -1,0 +1,22 @@
+"""What is called otherwise in older versions of JAX: each piece with the version from which on it can go.
+
+Two more differences are where they belong, since they cost nothing there: what checkify hands on
+(`jaxce.label_check`), and how TPU7x lays out blocks (`jaxce.linear.chips`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def varying_axes(aval: Any) -> frozenset[str]:
+    """The mesh axes of a `shard_map` along which arrays of this type differ: `aval.mat.varying` from JAX 0.10.2 on."""
+    axes: frozenset[str] = aval.mat.varying if hasattr(aval, "mat") else aval.vma
+    return axes
+
+
+def platform_of(device: Any) -> str:
+    """The platform of a device: `device.platform`, which abstract ones have from JAX 0.10.1 on."""
+    kind = device.device_kind
+    known: str | None = getattr(device, "platform", None)
+    return known or ("tpu" if kind.startswith("TPU") else "gpu" if kind.startswith("NVIDIA") else "cpu")
