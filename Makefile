@@ -54,12 +54,12 @@ lint: $(READY)  ## style and types
 release-check: $(READY)  ## build a release, install it where nothing else is, run its tests from its sources (minutes)
 	$(BIN)/python tests/release.py
 
-bench: $(READY)  ## the figures and plots of the README (30 minutes on 2 idle cores)
+bench: $(READY)  ## the figures and plots of README and docs (30 minutes on 2 idle cores)
 	$(BIN)/python -m benchmarks dense
 	$(BIN)/python -m benchmarks linear
 	$(BIN)/python -m benchmarks sharded
 
-docs: $(READY)  ## the API reference and the notebooks as HTML, in build/docs
+docs: $(READY)  ## the documentation as HTML, in build/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs $(DOCS)
 
 notebooks: $(READY) data  ## run the notebooks from the top and keep their outputs

@@ -1,4 +1,7 @@
-"""Writes the tables of the README from the results files, between the comments that mark their places."""
+"""Writes the tables of the README and of the documentation from the results files.
+
+A page has a comment where each of its tables begins, and one where it ends.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,24 @@ import argparse
 import json
 import math
 import pathlib
+import re
 from typing import Any
+
+from benchmarks.measure import geometric_mean
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def rendered(readme: str, name: str, table: str) -> str:
-    """`readme` with `table` between its `name:begin` and `name:end` comments."""
+def pages() -> list[pathlib.Path]:
+    """The README and the pages of the documentation that are written by hand."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def rendered(page: str, name: str, table: str) -> str:
+    """`page` with `table` between its `name:begin` and `name:end` comments."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    head, rest = readme.split(begin)
+    head, rest = page.split(begin)
     tail = rest.split(end)[1]
     return f"{head}{begin}\n{table}\n{end}{tail}"
 
@@ -28,6 +39,51 @@ def machine_of(results: dict[str, Any]) -> str:
     environment = results["environment"]
     versions = ", ".join(f"{name} {v}" for name, v in environment["versions"].items() if v and name != "jaxce")
     return f"{environment['cpu']}, {environment['cores']} cores, Python {environment['python']}, {versions}"
+
+
+FRONT = {
+    "integer": "class indices",
+    "smoothed": "label smoothing",
+    "class weights": "class weights, one-hot in optax",
+    "gathered weights": "class weights, gathered in optax",
+    "soft": "probabilities",
+    "mixup": "mixup",
+}
+
+
+def front_table(dense: dict[str, Any], linear: dict[str, Any]) -> str:
+    """What the README shows: the speed of loss and gradient beside optax, the slowest case, and the linear loss."""
+    rows = [row for row in dense["rows"] if row["gradient"]]
+    regimes = list(dict.fromkeys(row["regime"] for row in rows))
+    table = []
+    for case, what in FRONT.items():
+        of_case = [row for row in rows if row["case"] == case]
+        means = [geometric_mean([r["optax"]["ratio"] for r in of_case if r["regime"] == name]) for name in regimes]
+        slowest = min(of_case, key=lambda row: row["optax"]["ratio"])
+        where = f"{slowest['n']} x {slowest['v']}, {slowest['dtype']}, {slowest['regime']}"
+        table.append([what, *(f"{mean:.2f}" for mean in means), f"{slowest['optax']['ratio']:.2f}: {where}"])
+    shapes = {(row["n"], row["v"]) for row in rows}
+    dtypes = " and ".join(dict.fromkeys(row["dtype"] for row in rows))
+    first = {row["gradient"]: row for row in dense["first_call"]}[True]
+    problem = linear["rows"][0]
+    ours, theirs = problem["figures"]["jaxce"], problem["figures"]["optax"]
+    memory = [figures["temp_bytes"] / 1e6 for figures in (ours, theirs)]
+    where = linear["environment"]
+    return "\n".join(
+        [
+            f"optax's time divided by jaxce's on CPU ({machine_of(dense)}), loss and gradient: the geometric mean over "
+            f"{len(shapes)} shapes in {dtypes}, and the slowest case. Below 1 optax is faster.",
+            "",
+            markdown(["targets", *regimes, "slowest"], table),
+            "",
+            f"A first call, which compiles, takes {first['mean']:.1f} times as long as optax's.",
+            "",
+            f"The linear loss of {problem['n']} tokens, {problem['d']} features and {problem['v']} classes takes "
+            f"{ours['to_optax']:.2f} of the time of optax on materialised logits, and {memory[0]:,.0f} MB of temporary "
+            f"memory for {memory[1]:,.0f} MB (CPU: {where['cpu']}, jax {where['versions']['jax']}). "
+            f"{_cost_in_cycles(linear['tpu']).removesuffix('.')}, compiled for TPU and by the compiler's cost model.",
+        ]
+    )
 
 
 def dense_table(results: dict[str, Any]) -> str:
@@ -298,6 +354,7 @@ def language_model_table(results: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
+    "front": (front_table, "dense-cpu.json", "linear-cpu.json"),
     "dense": (dense_table, "dense-cpu.json"),
     "dense-newest-jax": (dense_table, "newest-jax/dense-cpu.json"),
     "dense-tpu": (dense_tpu_table, "dense-cpu.json"),
@@ -318,11 +375,17 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
 }
 
 
-def up_to_date(readme: str) -> str:
-    """`readme` with the tables of the results files."""
-    for name, (table, *paths) in TABLES.items():
-        readme = rendered(readme, name, table(*(json.loads((RESULTS / path).read_text()) for path in paths)))
-    return readme
+def names(page: str) -> list[str]:
+    """The tables that a page has a place for."""
+    return re.findall(r"<!-- ([\w-]+):begin -->", page)
+
+
+def up_to_date(page: str) -> str:
+    """`page` with the tables of the results files."""
+    for name in names(page):
+        table, *paths = TABLES[name]
+        page = rendered(page, name, table(*(json.loads((RESULTS / path).read_text()) for path in paths)))
+    return page
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -330,5 +393,5 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(_: argparse.Namespace) -> None:
-    path = ROOT / "README.md"
-    path.write_text(up_to_date(path.read_text()))
+    for path in pages():
+        path.write_text(up_to_date(path.read_text()))

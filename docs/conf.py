@@ -1,7 +1,12 @@
-"""Sphinx builds these pages from the docstrings, the README and the notebooks: `make docs`."""
+"""Sphinx builds these pages, the reference from the docstrings: `make docs`. No page loads anything from elsewhere."""
 
 import pathlib
+import re
 import shutil
+
+import ziamath
+from docutils import nodes
+from latex2mathml.converter import convert
 
 import jaxce
 
@@ -17,13 +22,15 @@ project = "jaxce"
 author = copyright = "The jaxce authors"
 version = release = jaxce.__version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "myst_nb"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb"]
 default_role = "py:obj"  # `name` in a docstring: a link where it is a public name, code otherwise
 
 html_theme = "furo"
 html_title = f"jaxce {version}"
-html_static_path = ["static"]
-html_css_files = ["wide.css"]
+html_static_path = ["static", str(pathlib.Path(ziamath.__file__).parent / "fonts/STIXTwoMath-Regular.ttf")]
+html_css_files = ["pages.css"]
+html_math_renderer = "mathml"
+pygments_dark_style = "monokai"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say which shapes and dtypes
@@ -34,5 +41,29 @@ napoleon_attr_annotations = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]  # a page made of a part of the README starts below its headings
+myst_update_mathjax = False
 nb_execution_mode = "off"  # the notebooks are committed with their outputs: `make notebooks`
+
+
+def mathml(node, display):
+    """A formula as MathML, which browsers show without a script.
+
+    With the thin space that follows log and ln, and bars as high as what they are around.
+    """
+    found = convert(node.astext(), display=display)
+    found = re.sub("(?<!<msub>)<mi>(log|ln)</mi>", r'\g<0><mspace width="0.17em"></mspace>', found)
+    return found.replace("<mo>&#x0007C;</mo>", '<mo stretchy="false" lspace="0" rspace="0">|</mo>')
+
+
+def inline_formula(translator, node):
+    translator.body.append(mathml(node, "inline"))
+    raise nodes.SkipNode
+
+
+def displayed_formula(translator, node):
+    translator.body.append(f'<div class="formula">{mathml(node, "block")}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (inline_formula, None), (displayed_formula, None))

@@ -29,7 +29,7 @@ def fit_temperature(
     r"""The temperature T that makes the mean loss of `logits / T` least.
 
     .. math::
-        \operatorname*{arg\,min}_{T > 0} \frac1N \sum_n \ell(z_n / T, y_n)
+        \operatorname*{argmin}_{T > 0} \frac1N \sum_n \ell(z_n / T, y_n)
 
     Dividing by it makes probabilities believable and leaves every prediction as it is: above 1 the model was
     overconfident, below 1 underconfident. Fit it on held-out examples, not on those of the training.

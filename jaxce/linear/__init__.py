@@ -101,7 +101,7 @@ def linear_cross_entropy(
 
     For hidden state :math:`h`, kernel :math:`W` and bias :math:`b`, it equals
 
-    .. math:: \operatorname{softmax\_cross\_entropy}(h W + b,\ \text{targets}, \ldots)
+    .. math:: \mathrm{softmax\_cross\_entropy}(h W + b,\ \text{targets}, \ldots)
 
     in value and in every gradient, for every option and every kind of target. Logits exist one block at a time, in
     float32; a language model with N tokens and V classes needs no memory that grows with N·V.
