@@ -1,4 +1,4 @@
-"""The code of each how-to page runs and prints what the page says, where the framework that it is about is installed."""
+"""The code of each how-to page runs and prints what the page says, where its framework is installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 PAGES = {path.stem: path for path in (pathlib.Path(__file__).parents[1] / "docs/how-to").glob("*.md")}
 PAGES.pop("index", None)
 OWN_PROCESS = {"from-keras", "keras"}  # Keras takes its backend from the environment, once
-SLOW = OWN_PROCESS
+FAST = {"flax-nnx", "haiku", "optax-training"}  # less than 3 s each
 NEEDS = r"<!-- needs: (\w+) -->\n\n"  # first of all: the page needs it; before a block: the block does
 BLOCK = re.compile(rf"(?:{NEEDS})?```python\n(.*?)```\n\n```text\n(.*?)```", re.S)
 
@@ -40,7 +40,7 @@ def run(text: str) -> None:
 
 
 @pytest.mark.every_case
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in sorted(PAGES)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in sorted(PAGES)])
 def test_every_code_block_prints_what_the_page_says(name):
     text = PAGES[name].read_text()
     assert len(BLOCK.findall(text)) == text.count("```python") > 0
