@@ -18,7 +18,7 @@ import pytest
 PAGES = {path.stem: path for path in (pathlib.Path(__file__).parents[1] / "docs/how-to").glob("*.md")}
 PAGES.pop("index", None)
 OWN_PROCESS = {"from-keras", "keras"}  # Keras takes its backend from the environment, once
-FAST = {"flax-nnx", "haiku", "optax-training"}  # less than 3 s each
+FAST = {"haiku", "optax-training"}  # these in `make test`, the others, of up to 20 s, in `make test-slow`
 NEEDS = r"<!-- needs: (\w+) -->\n\n"  # first of all: the page needs it; before a block: the block does
 BLOCK = re.compile(rf"(?:{NEEDS})?```python\n(.*?)```\n\n```text\n(.*?)```", re.S)
 
