@@ -418,6 +418,7 @@ def test_the_full_recipe_is_tested_on_both_sides_of_an_image():
 def test_biases_go_faster_and_do_not_decay_and_filters_stay():
     """With every gradient 1, a first step moves a weight by the rate times what Nesterov makes of 1 and the decay."""
     trainer = training.Trainer(datasets.load_digits().first(256, 100), make_settings())
+    trainer.model.blocks[0].norm.bias[...] = jnp.ones(4)
     before = jax.tree.map(np.array, nnx.state(trainer.model))
     gradients = jax.tree.map(jnp.ones_like, nnx.state(trainer.model, nnx.Param))
     trainer.optimizer.update(trainer.model, gradients)
