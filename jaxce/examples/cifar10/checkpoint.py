@@ -40,7 +40,11 @@ class Checkpoints:
         """The modules and the record of the newest that is whole; damaged ones are named and passed over."""
         paths = sorted(self.folder.glob("step-*"), reverse=True)
         for path in paths:
-            content = path.read_bytes()
+            try:
+                content = path.read_bytes()
+            except OSError as problem:
+                console.print(f"{path} cannot be read: {problem.strerror}.", style="yellow")
+                continue
             if hashlib.sha256(content[DIGEST_BYTES:]).digest() == content[:DIGEST_BYTES]:
                 self._own = [path]
                 saved: dict[str, Any] = serialization.msgpack_restore(content[DIGEST_BYTES:])

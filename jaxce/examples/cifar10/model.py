@@ -1,6 +1,7 @@
 """The networks of the CIFAR-10 example, and what is done to a batch before they see it.
 
-Both networks take uint8 images of any number of channels and a side divisible by 8, channels last.
+Both networks take uint8 images of any number of channels and a side divisible by 8, channels last. They follow
+airbench (Jordan 2024, arXiv:2404.00498), which learns CIFAR-10 in few epochs.
 """
 
 from __future__ import annotations
@@ -9,9 +10,45 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import jaxce
+
+WHITENING_IMAGES = 5000
+
+
+class Frozen(nnx.Variable[jax.Array]):
+    """Kept with the weights, but not trained."""
+
+
+def scaled(images: jax.Array | np.ndarray) -> jax.Array:
+    """About mean 0 and deviation 1 for photographs."""
+    return (jnp.asarray(images, jnp.float32) - 128) / 64
+
+
+def whitening_filters(images: np.ndarray, side: int, components: int) -> np.ndarray:
+    """The first principal components of the images' patches, scaled to variance 1, and their negatives.
+
+    Neighbouring pixels are much alike, and a network learns faster from inputs that are not. The negatives are there
+    because the activation that follows lets little of what is negative pass.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(scaled(images[:WHITENING_IMAGES]), (side, side), axis=(1, 2))
+    patches = np.moveaxis(windows, 3, -1).reshape(-1, side * side * images.shape[-1])
+    variances, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (vectors / np.sqrt(variances + 5e-4))[:, ::-1][:, :components]
+    return np.concatenate([filters, -filters], axis=1).reshape(side, side, images.shape[-1], -1)
+
+
+def identity_first(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
+    """A kernel ``[3, 3, inputs, outputs]`` whose first outputs are the inputs; those beyond are random.
+
+    So a deep network begins as a shallow one.
+    """
+    *_, inputs, outputs = shape
+    kernel = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
+    same = jnp.zeros(shape, dtype).at[1, 1].set(jnp.eye(inputs, outputs, dtype=dtype))
+    return jnp.where(jnp.arange(outputs) < inputs, same, kernel)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -25,85 +62,72 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 class ConvBlock(nnx.Module):
-    """3x3 convolution, pooling if asked for, batch norm, ReLU.
+    """3x3 convolution, pooling if asked for, batch norm, GELU.
 
     Pooling comes before the normalisation and not after it, the same family of functions, so that
     everything after the convolution works on a quarter of the values.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, pool: bool = False, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(inputs, outputs, (3, 3), use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
+    def __init__(self, inputs: int, outputs: int, *, pool: bool, rngs: nnx.Rngs) -> None:
+        self.conv = nnx.Conv(inputs, outputs, (3, 3), use_bias=False, kernel_init=identity_first, rngs=rngs)
+        self.norm = nnx.BatchNorm(outputs, momentum=0.9, use_scale=False, rngs=rngs)
         self.pool = pool
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.conv(x)
         if self.pool:
             x = max_pool(x)
-        return nnx.relu(self.norm(x))
-
-
-class Residual(nnx.Module):
-    """Two blocks, added to what went in."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
-        self.first = ConvBlock(width, width, rngs=rngs)
-        self.second = ConvBlock(width, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x + self.second(self.first(x))
+        return nnx.gelu(self.norm(x))
 
 
 class Network(nnx.Module):
-    """A stack of blocks, the mean over what is left of the image, and a linear layer."""
+    """Fixed filters; two blocks of each width, the first of which pools; the maximum over the image; a linear layer."""
 
-    def __init__(self, blocks: Sequence[nnx.Module], width: int, classes: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, filters: np.ndarray, stride: int, widths: Sequence[int], classes: int, rngs: nnx.Rngs) -> None:
+        self.filters = Frozen(jnp.asarray(filters))
+        self.stride = stride
+        blocks = []
+        for inputs, outputs in zip((filters.shape[-1], *widths), widths, strict=False):
+            blocks.append(ConvBlock(inputs, outputs, pool=True, rngs=rngs))
+            blocks.append(ConvBlock(outputs, outputs, pool=False, rngs=rngs))
         self.blocks = nnx.List(blocks)
-        # Small weights: before it has seen anything, the network should be guessing.
-        small = nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-        self.head = nnx.Linear(width, classes, kernel_init=small, rngs=rngs)
+        self.head = nnx.Linear(widths[-1], classes, use_bias=False, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        # About mean 0 and deviation 1 for photographs; the first batch norm does the rest.
-        x = (images.astype(jnp.float32) - 128) / 64
+        strides = (self.stride, self.stride)
+        layout = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(scaled(images), self.filters[...], strides, "SAME", dimension_numbers=layout)
+        x = nnx.gelu(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x.mean(axis=(1, 2)))
+        # Small logits: before it has seen anything, the network should be guessing.
+        return self.head(x.max(axis=(1, 2))) / 9
 
 
-def small_network(channels: int, width: int, classes: int, rngs: nnx.Rngs) -> Network:
-    """Three convolutions, of widths w, 2w and 2w: past 70% in a few minutes on two cores."""
-    blocks = [
-        ConvBlock(channels, width, pool=True, rngs=rngs),
-        ConvBlock(width, 2 * width, pool=True, rngs=rngs),
-        ConvBlock(2 * width, 2 * width, pool=True, rngs=rngs),
-    ]
-    return Network(blocks, 2 * width, classes, rngs)
+def small_network(images: np.ndarray, width: int, classes: int, rngs: nnx.Rngs) -> Network:
+    """Four convolutions, of widths w, w, 2w and 2w, on half the resolution: past 75% in minutes on two cores."""
+    return Network(whitening_filters(images, 4, 16), 2, (width, 2 * width), classes, rngs)
 
 
-def residual_network(channels: int, width: int, classes: int, rngs: nnx.Rngs) -> Network:
-    """Nine layers, of widths w to 8w, after David Page's ResNet-9 (which is w = 64)."""
-    blocks = [
-        ConvBlock(channels, width, rngs=rngs),
-        ConvBlock(width, 2 * width, pool=True, rngs=rngs),
-        Residual(2 * width, rngs=rngs),
-        ConvBlock(2 * width, 4 * width, pool=True, rngs=rngs),
-        ConvBlock(4 * width, 8 * width, pool=True, rngs=rngs),
-        Residual(8 * width, rngs=rngs),
-    ]
-    return Network(blocks, 8 * width, classes, rngs)
+def large_network(images: np.ndarray, width: int, classes: int, rngs: nnx.Rngs) -> Network:
+    """Six convolutions, of widths w to 2w, as in airbench93 (which is w = 64)."""
+    return Network(whitening_filters(images, 2, 12), 1, (width, 2 * width, 2 * width), classes, rngs)
 
 
-def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirror half of the images, left to right."""
-    flipped = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
-    return jnp.where(flipped, images[:, :, ::-1], images)
+def mean_of_views(model: Network, images: jax.Array) -> jax.Array:
+    """The mean of the logits of each image and of its mirror image."""
+    return (model(images) + model(images[:, :, ::-1])) / 2
+
+
+def flip(images: jax.Array, flipped: jax.Array) -> jax.Array:
+    """Mirror those images, left to right."""
+    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
 def random_crop(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Shift every image by up to an eighth of its side, in both directions."""
+    """Shift every image by up to a sixteenth of its side, in both directions."""
     n, height, width, channels = images.shape
-    margin = height // 8
+    margin = height // 16
     padded = jnp.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)), mode="reflect")
     corners = jax.random.randint(key, (n, 2), 0, 2 * margin + 1)
 

@@ -77,8 +77,8 @@ def run(
     console.print(
         f"\nWhat the loss on the {len(data.test_labels):,} test images means\n\n{report}\n\n"
         f"{reports.in_words(report, confusion)}\n\n"
-        f"wrote {output_dir / 'curves.png'} and {output_dir / 'report.png'}, beside them history.json, report.json and "
-        "checkpoint/"
+        f"Pictures to look at: {output_dir / 'curves.png'} and {output_dir / 'report.png'}; beside them history.json, "
+        "report.json and checkpoint/"
     )
     return rows
 
