@@ -47,7 +47,7 @@ RECIPES = {
     "demo": Recipe(
         network=networks.small_network,
         width=32,
-        epochs=5,
+        epochs=4,
         batch_size=128,
         learning_rate=0.19,
         label_smoothing=0.0,
