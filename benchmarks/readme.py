@@ -371,7 +371,6 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
     "sharded": (sharded_table, "sharded.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
     "language-model": (language_model_table, "language-model/history.json"),
-    "cifar10-full": (cifar10_table, "cifar10-full/history.json"),
 }
 
 
