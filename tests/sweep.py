@@ -380,29 +380,25 @@ def draw(seed: int, index: int) -> Case:
         modes = [None, "recompute"] + ["store"] * (reduction != "none" and transform != "symbolic")
         if (mode := pick(*modes)) is not None:
             constants["mode"] = mode
-        if mesh is None and transform != "symbolic" and N and maybe(0.5):
-            constants["memory_budget"] = budget(case, rng)
+        if mesh is None and transform != "symbolic" and N:
+            choice = pick("default", "budget", "blocks")
+            if choice == "budget":
+                constants["memory_budget"] = budget(case, rng)
+            elif choice == "blocks":  # of a few tokens or classes, which no budget leads to
+                plan = planned(case, None)
+                block_n, block_v = (int(rng.integers(1, n + 1)) for n in (N, V))
+                constants["plan"] = dataclasses.replace(plan, block_n=block_n, block_v=block_v)
+                constants.pop("mode", None)
     return case
 
 
-def budget(case: Case, rng: np.random.Generator) -> int:
-    """A memory budget that the plan can keep: the smallest one, or something above it."""
+def planned(case: Case, memory_budget: int | None) -> jaxce.LinearPlan:
     params, data = case.params, case.data
     lead = 0 if case.steps is None else 1
 
     def shape(name: str) -> jax.ShapeDtypeStruct | None:
         x = params.get(name, data.get(name))
         return x if x is None else jax.ShapeDtypeStruct(x.shape[lead if name in TOKENS else 0 :], x.dtype)
-
-    def least(low: int, high: int) -> int:
-        while high - low > 1:
-            middle = (low + high) // 2
-            try:
-                plan(middle)
-                high = middle
-            except ValueError:
-                low = middle
-        return high
 
     # A plan looks at which arguments there are, not at the dtype of labels.
     indices = None if case.kind == "probs" else jax.ShapeDtypeStruct(data["labels"].shape[lead:], np.int32)
@@ -413,14 +409,23 @@ def budget(case: Case, rng: np.random.Generator) -> int:
     if "ignore_index" in options:
         options["ignore_index"] = -1
     with settings(case):
-        plan = functools.partial(_planned, shape("hidden"), shape("kernel"), targets, options)
-        most = plan(None).temp_bytes
-        smallest = least(0, most)
+        return jaxce.plan_linear_cross_entropy(
+            shape("hidden"), shape("kernel"), targets, **options, memory_budget=memory_budget
+        )
+
+
+def budget(case: Case, rng: np.random.Generator) -> int:
+    """A memory budget that the plan can keep: the smallest one, or something above it."""
+    most = planned(case, None).temp_bytes
+    low, smallest = 0, most
+    while smallest - low > 1:
+        middle = (low + smallest) // 2
+        try:
+            planned(case, middle)
+            smallest = middle
+        except ValueError:
+            low = middle
     return smallest if rng.random() < 0.6 else int(rng.integers(smallest, most + 1))
-
-
-def _planned(hidden: Any, kernel: Any, targets: Any, options: dict[str, Any], memory_budget: int | None) -> Any:
-    return jaxce.plan_linear_cross_entropy(hidden, kernel, targets, **options, memory_budget=memory_budget)
 
 
 @contextlib.contextmanager
