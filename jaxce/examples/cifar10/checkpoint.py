@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx, serialization
 from rich.console import Console
 
@@ -29,7 +30,8 @@ class Checkpoints:
     def save(self, step: int, modules: tuple[nnx.Pytree, ...], record: dict[str, Any]) -> None:
         """Write one, then delete those before the last two. ``record`` holds numbers, text, lists and dicts."""
         make_folder(self.folder)
-        content = serialization.msgpack_serialize({"modules": nnx.to_pure_dict(nnx.state(modules)), "record": record})
+        arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(nnx.state(modules))}
+        content = serialization.msgpack_serialize({"modules": arrays, "record": record})
         partial = self.folder / "partial"
         partial.write_bytes(hashlib.sha256(content).digest() + content)
         self._own.append(partial.replace(self.folder / f"step-{step:07}"))
@@ -63,5 +65,5 @@ class Checkpoints:
 def restore(modules: tuple[nnx.Pytree, ...], saved: dict[str, Any]) -> None:
     """Give modules built under the same settings the values they had."""
     state = nnx.state(modules)
-    nnx.replace_by_pure_dict(state, saved["modules"])
-    nnx.update(modules, state)
+    arrays = saved["modules"]
+    nnx.update(modules, jax.tree.map_with_path(lambda path, _: arrays[jax.tree_util.keystr(path)], state))
