@@ -55,15 +55,19 @@ def takes_variables(function: Function) -> Function:
 
     A keyword that it does not have is an error that says which it may have meant.
     """
-    parameters = inspect.signature(function).parameters
-    known = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
-    if len(known) < len(parameters):
-        known |= get_origin(get_args(get_type_hints(function)["options"])[0]).__annotations__.keys()
+
+    @functools.cache
+    def keywords() -> set[str]:  # found at the first call: an import should not wait for it
+        parameters = inspect.signature(function).parameters
+        known = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+        if len(known) < len(parameters):
+            known |= get_origin(get_args(get_type_hints(function)["options"])[0]).__annotations__.keys()
+        return known
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if not known.issuperset(kwargs):
-            checks.keywords(function.__name__, kwargs, known, CommonOptions.__annotations__)
+        if not keywords().issuperset(kwargs):
+            checks.keywords(function.__name__, kwargs, keywords(), CommonOptions.__annotations__)
         return function(*map(array_of, args), **{name: array_of(x) for name, x in kwargs.items()})
 
     return cast(Function, wrapped)

@@ -105,7 +105,9 @@ def _absent(report: Any) -> str:
 
 
 def _never_predicted(report: Any) -> str:
-    names = [c.name for c in report.per_class if c.count and c.predicted == 0 and not _uniform(report)]
+    if _uniform(report):  # of equals, only the first is
+        return ""
+    names = [c.name for c in report.per_class if c.count and c.predicted == 0]
     return f"Classes that are never predicted: {_listed(names)}." if names else ""
 
 
