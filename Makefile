@@ -9,11 +9,11 @@ SLOW_ARGS ?=
 MUTANT_ARGS ?= --count 100 --seed 0
 DOCS ?= build/docs
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+PYTEST := python -m pytest -n auto --maxprocesses 4 --dist worksteal
 READY := $(VENV)/.ready
 PEERS_VENV ?= .venv-peers
 OLDEST_VENV ?= .venv-oldest
-OLDEST_TESTS ?= $(patsubst %,tests/test_%.py,against_optax axis_name checks cifar10 linear numbers package probs readme serialization sharding)
+OLDEST_TESTS ?= $(patsubst %,tests/test_%.py,against_optax axis_name checks cifar10 linear linear_plan numbers package probs readme serialization sharding)
 
 # The packages here compile for CPU; a machine with an accelerator may say otherwise.
 export JAX_PLATFORMS ?= cpu
@@ -29,13 +29,13 @@ data: $(READY)
 		$(BIN)/python ../shared/cifar10/unpack.py $(DATA); fi
 
 test: $(READY)  ## every module, doctests and README examples included, one case in eight of what has many (minutes)
-	$(PYTEST) -m "not slow"
+	$(BIN)/$(PYTEST) -m "not slow"
 
 test-slow: $(READY)  ## what that leaves out: the other cases, random ones, programs for TPU (half an hour)
-	$(PYTEST) -m slow $(SLOW_ARGS)
+	$(BIN)/$(PYTEST) -m slow $(SLOW_ARGS)
 
 test-oldest: $(OLDEST_VENV)/.ready  ## the numbers, with the oldest version of every package that pyproject.toml allows (minutes)
-	$(OLDEST_VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow and not aot" $(OLDEST_TESTS)
+	$(OLDEST_VENV)/bin/$(PYTEST) -m "not slow and not aot" $(OLDEST_TESTS)
 
 fuzz: $(READY)  ## random cases of every loss against float64; FUZZ_ARGS="--seed 7 --cases 500" for others
 	$(BIN)/python -m tests.sweep $(FUZZ_ARGS)

@@ -1,18 +1,15 @@
 """The README and the pages of the documentation: their code prints what they say, figures and links are right."""
 
-import contextlib
-import io
 import pathlib
 import re
 import subprocess
 import sys
 import tomllib
 
-import jax
-import numpy as np
 import pytest
 
 from benchmarks import readme as tables
+from tests import pages
 
 pytestmark = pytest.mark.every_case
 
@@ -21,30 +18,17 @@ README = ROOT / "README.md"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 URLS = PROJECT["urls"]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in tables.pages()}
-BLOCKS = {
-    name: re.findall(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", text, re.S | re.M)
-    for name, text in TEXTS.items()
-    if not name.startswith("docs/how-to/")  # these need packages of their own
-}
 PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M) for name, text in TEXTS.items()}
 LINKS = {name: re.findall(r"\]\(([^)\s]+)\)", text) for name, text in PROSE.items()}
 
 
-@pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
+@pytest.mark.parametrize(
+    "page",
+    # How-to pages need packages of their own: tests/test_howto.py.
+    [name for name, text in TEXTS.items() if "```python" in text and not name.startswith("docs/how-to/")],
+)
 def test_code_prints_what_the_page_says(page):
-    """From the top, in one namespace; a block that is followed by no output prints nothing."""
-    namespace: dict = {}
-    assert len(BLOCKS[page]) == TEXTS[page].count("```python")
-    with (
-        jax.numpy_dtype_promotion("standard"),  # this and the rest as a reader has it
-        jax.numpy_rank_promotion("allow"),
-        np.printoptions(precision=8, suppress=False, linewidth=75),
-    ):
-        for code, expected in BLOCKS[page]:
-            out = io.StringIO()
-            with contextlib.redirect_stdout(out):
-                exec(code, namespace)
-            assert out.getvalue().strip() == expected.strip(), code
+    pages.run(TEXTS[page])
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -77,13 +61,13 @@ def test_links_between_pages_lead_somewhere(page):
 
 def source(link: str) -> pathlib.Path | None:
     """The file here that a link to the project leads to; None for links to others, and to the project's front page."""
-    pages, code = URLS["Documentation"], URLS["Source"]
+    docs, code = URLS["Documentation"], URLS["Source"]
     raw = code.replace("https://github.com/", "https://raw.githubusercontent.com/") + "/main/"
     for start in (f"{code}/blob/main/", f"{code}/tree/main/", raw):
         if link.startswith(start):
             return ROOT / link.removeprefix(start)
-    if link.startswith(pages) and link != pages:
-        stem = link.removeprefix(pages).removesuffix(".html")
+    if link.startswith(docs) and link != docs:
+        stem = link.removeprefix(docs).removesuffix(".html")
         folder = ROOT if stem.startswith("notebooks/") else ROOT / "docs"
         return next(
             (file for kind in (".md", ".rst", ".ipynb") if (file := folder / f"{stem}{kind}").exists()), ROOT / link
