@@ -4,8 +4,10 @@ import typing as _typing
 
 from jaxce.compose import CrossEntropyAux
 from jaxce.linear import linear_cross_entropy, plan_linear_cross_entropy
+from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.linear.plan import LinearPlan
 from jaxce.linear.tune import tune_linear_cross_entropy
+from jaxce.log_probabilities import LogProbsAux, log_probs
 from jaxce.probs import cross_entropy_from_probs
 from jaxce.softmax import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 from jaxce.targets import SparseTargets
@@ -30,10 +32,13 @@ __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyAux",
     "LinearPlan",
+    "LogProbsAux",
     "SparseTargets",
     "cross_entropy_from_probs",
     "diagnostics",
     "linear_cross_entropy",
+    "linear_log_probs",
+    "log_probs",
     "plan_linear_cross_entropy",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",

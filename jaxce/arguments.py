@@ -20,7 +20,7 @@ from jaxce import checks
 from jaxce.label_check import check_targets
 from jaxce.sharding import AxisNames
 from jaxce.stats import working_dtype
-from jaxce.targets import sort_by_kind
+from jaxce.targets import Ids, sort_by_kind
 from jaxce.types import Implementation, Reduction
 
 Change = Callable[[Array], Array]
@@ -79,6 +79,7 @@ class Options:
     ignore_index: int | None = None
     reduction: str = "none"
     return_aux: bool = False
+    tail: bool = False  # whether the mass of the classes outside the target indices is asked for
     implementation: str = "xla"
     axis_name: AxisNames = ()
     batch_axis_name: AxisNames = ()
@@ -151,6 +152,7 @@ def checked(
         ignore_index=ignore_index,
         reduction=reduction,
         return_aux=return_aux,
+        tail=return_aux and isinstance(targets, Ids),
         implementation=implementation or "xla",
         axis_name=split_classes,
         batch_axis_name=split_batch,
@@ -171,6 +173,11 @@ def of_terms(options: Options, examples: Examples, shared: Shared) -> tuple[Exam
     """What the terms of rows depend on, which are composed to a loss with the rest."""
     by_class = examples.indices is None
     weighted = by_class or options.label_smoothing
+    if options.tail and options.ignore_index is not None and examples.indices is not None:
+        # An ignored id may be a class all the same, which is then outside the others.
+        ignored = examples.indices == options.ignore_index
+        none = jnp.full_like(examples.indices, -1)
+        examples = examples._replace(indices=jnp.where(ignored, none, examples.indices))
     return (
         examples._replace(probs=examples.probs if by_class else None, weights=None),
         Shared(shared.class_weights if weighted else None),

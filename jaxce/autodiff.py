@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.sharding import AxisNames, sum_over
-from jaxce.stats import Terms, tempered, weighted, working_dtype
+from jaxce.stats import Terms, shift, tempered, weighted, working_dtype
 
 
 def terms(options: Options, logits: Array, examples: Examples, shared: Shared) -> Terms:
@@ -68,7 +68,18 @@ def _row_terms(
         smoothing = _expectation(v if where is None else jnp.where(where, v, 0), surprise, axes)
     if options.return_aux:
         entropy = _expectation(p, surprise, axes)
-    return Terms(z_max + log_sum, target, smoothing, entropy)
+    tail = _log_mass_outside(z, z_max + log_sum, indices, axes) if options.tail and indices is not None else None
+    return Terms(z_max + log_sum, target, smoothing, entropy, tail)
+
+
+def _log_mass_outside(z: Array, log_normalizer: Array, indices: Array, axes: AxisNames) -> Array:
+    hits = jax.vmap(lambda index: jnp.arange(z.size, dtype=index.dtype) == index)(indices)
+    z = jnp.where(jnp.any(hits, 0), -jnp.inf, z)
+    maximum = lax.stop_gradient(jnp.max(z))
+    maximum = shift(lax.pmax(maximum, axes) if axes else maximum)
+    total = sum_over(jnp.sum(jnp.exp(z - maximum)), axes)
+    log_total = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)))
+    return (maximum - log_normalizer) + log_total
 
 
 def _index_loss(z: Array, z_max: Array, index: Array, surprise: Array, axes: AxisNames) -> Array:

@@ -179,6 +179,12 @@ def indices(name: str, x: jax.Array, batch: tuple[int, ...], full: tuple[int, ..
     fail(ValueError, name, what, describe(x), hint)
 
 
+def ids(name: str, x: jax.Array, batch: tuple[int, ...]) -> None:
+    if x.shape[: len(batch)] != batch or x.ndim > len(batch) + 1 or x.shape[len(batch) :] == (0,):
+        expected = f"the batch shape {batch}, or that and one more axis, the K >= 1 ids of each"
+        fail(ValueError, name, expected, describe(x), "Ids are never broadcast.")
+
+
 def probabilities(name: str, x: Any, shape: tuple[int, ...], batch: tuple[int, ...] | None = None) -> None:
     """`batch`: the shape of labels, if there could have been labels in place of probabilities."""
     if jnp.shape(x) != shape:

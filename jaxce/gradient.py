@@ -10,7 +10,7 @@ from jax import Array
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.lookup import put
 from jaxce.sharding import mask_like
-from jaxce.stats import RowStats, Terms, times
+from jaxce.stats import RowStats, Terms, shift, times
 from jaxce.sums import effective, exponentials_for_gradient, left_out, rows_of, smoothing_distribution
 
 
@@ -24,6 +24,7 @@ class Factors(NamedTuple):
     at_targets: the gradients of the logits at the K target indices.
     target, smoothing: cotangents of these terms.
     entropy: that of the entropy, divided by 1 + rest.
+    outside: of the classes outside the indices, the largest logit, and what exp(z − it) is multiplied by.
     """
 
     dead: Array
@@ -34,6 +35,7 @@ class Factors(NamedTuple):
     target: Array
     smoothing: Array | None
     entropy: Array | None
+    outside: tuple[Array, Array] | None
 
 
 def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> Factors:
@@ -45,7 +47,11 @@ def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> 
     a = ct.log_normalizer + (jnp.sum(ct.target, -1) if stats.target is None else ct.target * stats.target.mass)
     if ct.smoothing is not None and stats.smoothing is not None:
         a = a + ct.smoothing * stats.smoothing.mass
-    at_targets = entropy = None
+    at_targets = entropy = outside = None
+    if ct.tail is not None and stats.outside is not None:
+        a = a - ct.tail
+        largest, of_others = stats.outside.max, 1 + stats.outside.rest
+        outside = largest, jnp.where(of_others > 0, sound * ct.tail / jnp.where(of_others > 0, of_others, 1), 0)
     if ct.entropy is not None and stats.spread is not None:
         entropy = ct.entropy * inverse
         a = a - entropy * stats.spread
@@ -53,7 +59,9 @@ def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> 
         below = stats.picked - stats.max[..., None]
         at_targets = _at_targets(indices, ct.target, a, below, rest, inverse, entropy)
     maximum = jnp.where(dead, jnp.inf, stats.max)
-    return Factors(dead, maximum, sound * jnp.log1p(rest), a * inverse, at_targets, ct.target, ct.smoothing, entropy)
+    return Factors(
+        dead, maximum, sound * jnp.log1p(rest), a * inverse, at_targets, ct.target, ct.smoothing, entropy, outside
+    )
 
 
 def gradient(
@@ -65,11 +73,12 @@ def gradient(
 
     `again` is what `exponentials_for_gradient` takes.
 
-    With p = softmax(z): d/dz_j = a·p_j + h·p_j·(max − z_j) − τ_j − σ_j, and the exact form at index targets.
+    With p = softmax(z): d/dz_j = a·p_j + h·p_j·(max − z_j) + o·q_j − τ_j − σ_j, and the exact form at index targets.
 
     a gathers whatever multiplies p in a row: the cotangents of the log-normalizer, of the target and smoothing terms
     (times the mass of their distributions) and −h times the mean of max − z; h is the cotangent of the entropy;
-    τ and σ are target and smoothing distribution times their cotangents.
+    τ and σ are target and smoothing distribution times their cotangents; o is the cotangent of the tail, and q the
+    softmax of the classes that are no target.
     """
     dtype, rows = of.scale.dtype, rows_of(options, logits, examples, shared)
 
@@ -84,6 +93,9 @@ def gradient(
     if of.entropy is not None:
         scale = scale + of.entropy[..., None] * _finite_distance(below)
     dz = e * scale
+    if of.outside is not None:
+        largest, share = (x[..., None] for x in of.outside)
+        dz = dz + jnp.exp(jnp.minimum(_alive(of.dead, z.astype(dtype)) - shift(largest), 0)) * share
     if rows.indices is not None and of.at_targets is not None:
         dz = put(dz, rows.indices, of.at_targets)
 
@@ -140,7 +152,7 @@ def _finite_distance(below: Array) -> Array:
 
 def _any_used(ct: Terms) -> Array:
     used = ct.log_normalizer != 0
-    for x in (ct.target, ct.smoothing, ct.entropy):
+    for x in (ct.target, ct.smoothing, ct.entropy, ct.tail):
         if x is not None:
             used = used | (jnp.any(x != 0, -1) if x.ndim > used.ndim else x != 0)
     return used

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Unpack, cast, overload
+from typing import Any, Literal, NamedTuple, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxce import autodiff, checks, types
 from jaxce.arguments import Examples, Options, Shared, checked, of_nll, of_terms
-from jaxce.compose import CrossEntropyAux, compose, who_counts
+from jaxce.compose import Counts, CrossEntropyAux, compose, who_counts
 from jaxce.gradient import factors, gradient
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.on_cpu import written
@@ -248,13 +248,29 @@ def loss_of_logits(
     options: Options, logits: Array, examples: Examples, shared: Shared
 ) -> Array | tuple[Array, CrossEntropyAux]:
     """The loss, from checked arguments with the classes last."""
-    axes, V = options.axis_name, logits.shape[-1]
     if examples.indices is None and examples.probs is not None and shared.class_weights is not None:
         # Several uses below, of logits too with aux: their gradients must not be rounded before they are added.
         dtype = shared.class_weights.dtype
         examples = examples._replace(probs=examples.probs.astype(dtype))
         if options.return_aux:
             logits = logits.astype(dtype)
+    rows = rows_of_logits(options, logits, examples, shared)
+    num_classes = logits.shape[-1] * shard_count(options.axis_name)
+    given = options, rows.terms, examples, shared, rows.counts, num_classes
+    return compose(*given, unweighted=rows.unweighted, prediction=rows.prediction)
+
+
+class RowsOfLogits(NamedTuple):
+    """What a loss is composed from: see there."""
+
+    terms: Terms
+    counts: Counts
+    unweighted: Array | None
+    prediction: Array | None
+
+
+def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: Shared) -> RowsOfLogits:
+    axes, V = options.axis_name, logits.shape[-1]
     classes = None if examples.where is None else sum_over(class_count(examples.where, logits.shape), axes)
     if options.implementation == "autodiff":
         # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
@@ -268,8 +284,10 @@ def loss_of_logits(
         largest = lax.stop_gradient(largest.astype(working_dtype(logits.dtype)))
         largest = lax.pmax(largest, axes) if axes else largest
         examples = examples._replace(offset=jnp.where(jnp.isfinite(largest), largest, 0))
-    indices = None if examples.indices is None else on_this_device(examples.indices, V, axes)
-    rows = logits, *of_terms(options, examples._replace(indices=indices), shared)
+    own, own_shared = of_terms(options, examples, shared)
+    if own.indices is not None:
+        own = own._replace(indices=on_this_device(own.indices, V, axes))
+    rows = logits, own, own_shared
     rows = vary(rows, varying(rows))
     terms_of: Callable[..., Terms] = autodiff.terms
     if options.implementation != "autodiff":
@@ -285,9 +303,7 @@ def loss_of_logits(
         z = logits if examples.where is None else jnp.where(mask_like(examples.where, logits), logits, -jnp.inf)
         argmax = jnp.argmax(z, -1).astype(jnp.int32) + shard_start(V, axes)
         prediction = merge_argmax(jnp.max(z, -1).astype(working_dtype(z.dtype)), argmax, axes)
-    return compose(
-        options, terms, examples, shared, counts, V * shard_count(axes), unweighted=unweighted, prediction=prediction
-    )
+    return RowsOfLogits(terms, counts, unweighted, prediction)
 
 
 # --- the primitive --------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class RowStats(NamedTuple):
     smoothing: the gap under the uniform (or class-weighted) smoothing distribution.
     spread: Σ exp(z − max)·(max − z), from which the entropy follows.
     argmax: the first class that reaches max.
+    outside: the record of the classes that are not among the target indices, whose mass may be tiny beside the row's.
     """
 
     max: Array
@@ -48,6 +49,7 @@ class RowStats(NamedTuple):
     smoothing: Gap | None = None
     spread: Array | None = None
     argmax: Array | None = None
+    outside: RowStats | None = None
 
 
 class Terms(NamedTuple):
@@ -57,12 +59,14 @@ class Terms(NamedTuple):
     target: index targets: −log p of each of the K indices, [..., K]; probability targets: −Σ_c t_c log p_c, [...].
     smoothing: −Σ_c v_c log p_c for the smoothing distribution v, or None.
     entropy: −Σ_c p_c log p_c, or None.
+    tail: log of the mass of the classes outside the target indices, or None. It has no digits where that is nearly 1.
     """
 
     log_normalizer: Array
     target: Array
     smoothing: Array | None = None
     entropy: Array | None = None
+    tail: Array | None = None
 
 
 def working_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -116,7 +120,10 @@ def finish(stats: RowStats) -> Terms:
         target = surprise(stats.target)
     smoothing = None if stats.smoothing is None else surprise(stats.smoothing)
     entropy = None if stats.spread is None else log_sum + stats.spread / (1 + stats.rest)
-    return Terms(stats.max + log_sum, target, smoothing, entropy)
+    tail = None
+    if stats.outside is not None:
+        tail = (stats.outside.max - stats.max) + (jnp.log1p(stats.outside.rest) - log_sum)
+    return Terms(stats.max + log_sum, target, smoothing, entropy, tail)
 
 
 def finite(stats: RowStats) -> tuple[RowStats, Array]:
@@ -151,6 +158,8 @@ def merge(a: RowStats, b: RowStats) -> RowStats:
         merged = merged._replace(spread=_rescaled_spread(a.spread, a, maximum) + _rescaled_spread(b.spread, b, maximum))
     if a.argmax is not None and b.argmax is not None:
         merged = merged._replace(argmax=jnp.where(swap, b.argmax, a.argmax))
+    if a.outside is not None and b.outside is not None:
+        merged = merged._replace(outside=merge(a.outside, b.outside))
     return merged
 
 
@@ -176,7 +185,9 @@ def merge_shards(stats: RowStats, axes: AxisNames) -> RowStats:
     sums: RowStats
     sums, low = lax.psum((parts, low), axes)
     argmax = None if stats.argmax is None else merge_argmax(stats.max, stats.argmax, axes)
-    return sums._replace(max=maximum, rest=sums.rest + without_largest(low, sums.max), argmax=argmax)
+    outside = None if stats.outside is None else merge_shards(stats.outside, axes)
+    rest = sums.rest + without_largest(low, sums.max)
+    return sums._replace(max=maximum, rest=rest, argmax=argmax, outside=outside)
 
 
 def low_and_high(e: Array) -> tuple[Array, Array]:

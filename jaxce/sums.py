@@ -104,6 +104,10 @@ def row_stats(options: Options, rows: Rows, keep: bool = False) -> RowStats:
     stats, uniform = _sums(options, keep, rows._replace(indices=label, smoothing_weights=weights))
     if uniform is not None:
         stats = stats._replace(smoothing=Gap(uniform, jnp.full_like(uniform, rows.logits.shape[-1])))
+    if options.tail and rows.indices is not None:
+        z = effective(options, rows)
+        others = Rows(put(z, rows.indices, jnp.full(rows.indices.shape, -jnp.inf, z.dtype)))
+        stats = stats._replace(outside=_sums(Options(axis_name=options.axis_name), False, others)[0])
     if stats.picked is not None:
         return stats._replace(picked=stats.picked[..., None])
     if rows.indices is None:

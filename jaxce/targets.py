@@ -42,6 +42,14 @@ class SparseTargets(NamedTuple):
 
 
 serializable(SparseTargets)
+
+
+class Ids(NamedTuple):
+    """Classes whose log-probabilities are asked for, `[...]` or `[..., K]`."""
+
+    ids: Any
+
+
 Targets = ArrayLike | SparseTargets
 
 
@@ -66,6 +74,10 @@ def sort_by_kind(
         checks.probabilities("targets.probs", probs, indices.shape)
         # In the working dtype: where they are used more than once, their gradients are added before they are rounded.
         return indices, probs.astype(working_dtype(dtype)), ignored
+    if isinstance(targets, Ids):
+        indices, ignored = class_indices(name, targets.ids, ignore_index)
+        checks.ids(name, indices, batch)
+        return indices if indices.ndim > len(batch) else indices[..., None], None, ignored
     if checks.is_integers(targets):
         indices, ignored = class_indices(name, targets, ignore_index)
         checks.indices(name, indices, batch, full)

@@ -21,6 +21,7 @@ LOGITS, LABELS = jnp.array([[2.0, 1.0, 0.1], [0.5, 2.5, jnp.nan]]), jnp.array([0
 RECORDS = {
     "SparseTargets": lambda: jaxce.SparseTargets(jnp.array([[0, 2]]), jnp.array([[0.7, 0.3]], jnp.bfloat16)),
     "CrossEntropyAux": lambda: jaxce.softmax_cross_entropy(LOGITS, LABELS, return_aux=True)[1],
+    "LogProbsAux": lambda: jaxce.log_probs(LOGITS, LABELS, return_aux=True)[1],
     "Calibration": lambda: diagnostics.calibration(LOGITS, LABELS),
     "Summary": lambda: diagnostics.summarize(LOGITS, LABELS),
     "Summary with top_k": lambda: diagnostics.summarize(LOGITS, LABELS, top_k=(2, 1)),

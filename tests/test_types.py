@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import jaxce
-from jaxce import diagnostics, linear, softmax, types
+from jaxce import diagnostics, linear, log_probabilities, softmax, types
+from jaxce.linear import log_probabilities as linear_log_probabilities
 
 pytestmark = pytest.mark.every_case
 LABELS = np.array([0, 2, 1, 1])
@@ -19,8 +20,13 @@ LABELS = np.array([0, 2, 1, 1])
 
 @pytest.mark.parametrize(
     ("function", "options"),
-    [(jaxce.softmax_cross_entropy, softmax.DenseOptions), (jaxce.linear_cross_entropy, linear.LinearOptions)],
-    ids=["dense", "linear"],
+    [
+        (jaxce.softmax_cross_entropy, softmax.DenseOptions),
+        (jaxce.linear_cross_entropy, linear.LinearOptions),
+        (jaxce.log_probs, log_probabilities.CommonOptions),
+        (jaxce.linear_log_probs, linear_log_probabilities.LinearOptions),
+    ],
+    ids=["dense", "linear", "log_probs", "linear_log_probs"],
 )
 def test_an_editor_is_told_of_every_option(function, options):
     """Each overload takes the options of the function itself, and no others."""
@@ -64,6 +70,8 @@ def calls():
         "given probabilities": (jaxce.cross_entropy_from_probs, (probs, labels), {"weights": weights}),
         "linear": (jaxce.linear_cross_entropy, (hidden, kernel, labels), options | {"bias": by_class}),
         "sparse": (jaxce.linear_cross_entropy, (hidden, kernel, sparse), {"mode": "store", "reduction": "mean"}),
+        "log_probs": (jaxce.log_probs, (logits, labels), {"temperature": weights + 1}),
+        "linear_log_probs": (jaxce.linear_log_probs, (hidden, kernel, labels), {"bias": by_class, "return_aux": True}),
         "plan": (jaxce.plan_linear_cross_entropy, (hidden, kernel, labels), options),
         "perplexity": (diagnostics.perplexity, (weights,), {}),
         "report": (lambda *x, **o: diagnostics.report(*x, **o).loss, (logits, labels), {"weights": weights}),

@@ -13,15 +13,15 @@ from jax import Array
 from jax.lax import PrecisionLike
 
 from jaxce import checks, types
-from jaxce.arguments import Examples, Options, Projection, Shared, checked
-from jaxce.compose import Counts, CrossEntropyAux, who_counts
+from jaxce.arguments import Examples, Options, Projection, Shared
+from jaxce.compose import CrossEntropyAux
 from jaxce.linear import blocks, chips, mesh, recompute, store
 from jaxce.linear import plan as plans
+from jaxce.linear.arguments import checked_linear, prepared
 from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan
-from jaxce.sharding import explicit_mesh, vary
+from jaxce.sharding import explicit_mesh
 from jaxce.softmax import loss_of_logits
-from jaxce.stats import matmul_dtype, working_dtype
 from jaxce.targets import Targets
 from jaxce.types import Array_, ArrayLike, AxisName, Implementation, Mode, Platform, Reduction, Shape, takes_variables
 
@@ -182,13 +182,10 @@ def linear_cross_entropy(
         "precision": precision,
     }
     if (explicit := explicit_mesh(hidden, kernel)) is not None:
-        for name in "axis_name", "batch_axis_name":
-            if arguments[name] is not None:
-                hint = "Types say how hidden states and kernel are split; or name every axis in a shard_map."
-                checks.fail(ValueError, name, "None on a mesh with Explicit axes", repr(arguments[name]), hint)
-        _checked(**arguments | {"memory_budget": None, "plan": None})  # these are for each device
+        mesh.no_axis_names(arguments)
+        checked_linear(**arguments | {"memory_budget": None, "plan": None})  # these are for each device
         return mesh.over_mesh(linear_cross_entropy, explicit, arguments)
-    projection, examples, shared, options, schedules, _ = _checked(**arguments)
+    projection, examples, shared, options, schedules, _ = checked_linear(**arguments)
     result: Array | tuple[Array, CrossEntropyAux] = _loss(
         projection, examples, shared, options=options, schedules=schedules
     )
@@ -248,7 +245,7 @@ def problem_of(**arguments: Any) -> Problem:
     """What a plan depends on, from arrays or `jax.ShapeDtypeStruct`."""
     arrays, constants = arrays_and_constants(arguments)
     found: list[Problem] = []
-    jax.eval_shape(lambda arrays: found.append(_checked(**arrays, **constants)[-1]), arrays)
+    jax.eval_shape(lambda arrays: found.append(checked_linear(**arrays, **constants)[-1]), arrays)
     return found[0]
 
 
@@ -267,111 +264,14 @@ def _describes_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype") and not (isinstance(x, np.ndarray) and not checks.is_array(x))
 
 
-def _checked(
-    hidden: Any,
-    kernel: Any,
-    targets: Any,
-    *,
-    bias: Any = None,
-    vocab_axis: int = 1,
-    mode: str | None = None,
-    memory_budget: int | None = None,
-    plan: LinearPlan | None = None,
-    precision: Any = None,
-    **options: Any,
-) -> tuple[Projection, Examples, Shared, Options, blocks.Schedules, Problem]:
-    hidden = checks.float_array("hidden", hidden, targets)
-    kernel = checks.float_array("kernel", kernel, targets)
-    *batch, D = hidden.shape
-    checks.one_of("vocab_axis", vocab_axis, (0, 1, -2, -1))
-    vocab_axis %= 2
-    checks.kernel(kernel, D, vocab_axis)
-    V = kernel.shape[vocab_axis]
-    checks.num_classes("kernel", V)
-    if bias is not None:
-        bias = checks.bias(bias, V)
-    dtype = matmul_dtype(hidden.dtype, kernel.dtype)
-    examples, shared, constants = checked(targets, (*batch, V), (len(batch),), dtype, **options)
-    checks.split_over("kernel", kernel, constants.axis_name, "classes")
-    checks.split_over("hidden", hidden, constants.batch_axis_name, "tokens")
-    _check_mode(mode, memory_budget, constants)
-    N = math.prod(batch)
-    _check_plan(plan, (N, D, V), mode, memory_budget, constants)
-    if not isinstance(N, int) and (mode == "store" or memory_budget is not None):
-        name, x = ("mode", mode) if mode == "store" else ("memory_budget", memory_budget)
-        hint = "Blocks of tokens cannot be chosen while exporting with a symbolic batch."
-        checks.fail(ValueError, name, "None for hidden states of unknown length", f"{x!r}, hidden {hidden.shape}", hint)
-    if not isinstance(D * V, int):
-        hint = "Only the batch may be symbolic."
-        checks.fail(ValueError, "kernel", "a shape of numbers", checks.describe(kernel), hint)
-    if examples.indices is None and examples.probs is not None and shared.class_weights is not None:
-        # Used more than once: their gradients are added before they are rounded.
-        examples = examples._replace(probs=examples.probs.astype(shared.class_weights.dtype))
-    problem = Problem(
-        N,
-        D,
-        V,
-        hidden.dtype,
-        kernel.dtype,
-        None if examples.indices is None else examples.indices.shape[-1],
-        constants,
-        weights=examples.weights is not None,
-        class_weights=shared.class_weights is not None,
-        mask_per_token=examples.where is not None and any(n != 1 for n in examples.where.shape[:-1]),
-    )
-    schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget, plan)
-    return Projection(hidden, kernel, bias), examples, shared, constants, schedules, problem
-
-
-def _check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
-    checks.one_of("mode", mode, (None, *plans.MODES))
-    if memory_budget is not None and (
-        isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, np.integer))
-    ):
-        checks.fail(TypeError, "memory_budget", "None or a number of bytes, an int", checks.describe(memory_budget))
-    if mode == "store" and options.reduction == "none":
-        hint = "Reduce in the loss, reduction='sum' for instance, or use mode='recompute'."
-        checks.fail(ValueError, "mode", "'recompute' for reduction='none'", "'store', which needs one number", hint)
-    if options.implementation == "autodiff" and (mode, memory_budget) != (None, None):
-        hint = "It holds all the logits; leave mode and memory_budget out."
-        checks.fail(ValueError, "implementation", "'xla' with a mode or a memory budget", "'autodiff'", hint)
-
-
-def _check_plan(plan: Any, shape: tuple[Any, ...], mode: str | None, memory_budget: Any, options: Options) -> None:
-    if plan is None:
-        return
-    if not isinstance(plan, LinearPlan):
-        checks.fail(TypeError, "plan", "None or a jaxce.LinearPlan", checks.describe(plan))
-    if (mode, memory_budget) != (None, None):
-        given = f"mode={mode!r}, memory_budget={memory_budget!r}"
-        checks.fail(ValueError, "plan", "None with a mode or a memory budget", given, "A plan has a mode and blocks.")
-    if plan.shape != shape:
-        hint = "Make one for these arguments."
-        checks.fail(ValueError, "plan", f"one for N, D, V = {shape}", f"one for {plan.shape}", hint)
-    if plan.mode == "store" and options.reduction == "none":
-        hint = "Reduce in the loss, reduction='sum' for instance, or make a plan for reduction='none'."
-        checks.fail(ValueError, "plan", "mode 'recompute' for reduction='none'", repr(plan.mode), hint)
-    if options.implementation == "autodiff":
-        checks.fail(ValueError, "implementation", "'xla' with a plan", "'autodiff'", "It holds all the logits.")
-
-
 @functools.partial(jax.jit, static_argnames=("options", "schedules"))
 def _loss(
     projection: Projection, examples: Examples, shared: Shared, *, options: Options, schedules: blocks.Schedules
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    hidden, kernel, _ = projection
-    *batch, _ = hidden.shape
-    shape = (*batch, kernel.shape[schedules[0].vocab_axis])
-    classes = blocks.participating(examples.where, shape, schedules[0].forward_v, options.axis_name)
-    like = jnp.sum(hidden, -1).astype(working_dtype(matmul_dtype(hidden.dtype, kernel.dtype)))
-    counts = who_counts(options, examples, shared, like, classes)
-    projection = projection._replace(hidden=_without_unused(options, hidden, examples, shared, counts))
-    projection, examples, shared = mesh.vary_by_kind(options, projection, examples, shared)
-    counts = vary(counts, mesh.row_axes(options, projection, examples, shared))
+    *batch, _ = projection.hidden.shape
+    projection, examples, shared, counts = prepared(schedules, options, projection, examples, shared)
     if options.implementation == "autodiff":
-        # Of wide factors, whatever the platform: its derivatives are made of products that a schedule does not see.
-        wide = blocks.Schedule(schedules[0].vocab_axis, schedules[0].precision, widens=True)
-        return loss_of_logits(options, blocks.logits(*projection, wide), examples, shared)
+        return loss_of_logits(options, blocks.all_logits(schedules, *projection), examples, shared)
     if not any(schedule.block_n for schedule in schedules):
         return recompute.loss(schedules, options, projection, examples, shared, counts)[0]
     counts = jax.tree.map(lambda x: x.reshape(math.prod(batch)), counts)
@@ -380,17 +280,6 @@ def _loss(
         return result
     loss, aux = result
     return loss, jax.tree.map(lambda x: x.reshape(batch), aux)
-
-
-def _without_unused(options: Options, hidden: Array, examples: Examples, shared: Shared, counts: Counts) -> Array:
-    """The hidden states, but 0 for what is not finite in unused tokens: in a matmul 0·NaN would reach everything."""
-    unused = counts.unused
-    given = options.ignore_index, examples.weights, examples.where, shared.class_weights
-    if all(x is None for x in given):
-        return hidden
-    if not (options.label_smoothing or options.z_loss or options.return_aux):  # which a class of weight 0 does not stop
-        unused = unused | (counts.weight == 0)
-    return jnp.where(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros_like(hidden), hidden)
 
 
 def _flat(batch: list[int], projection: Projection, examples: Examples) -> tuple[Projection, Examples]:

@@ -137,6 +137,11 @@ def logits(hidden: Array, kernel: Array, bias: Array | None, schedule: Schedule)
     return z if bias is None else z + jnp.broadcast_to(bias.astype(z.dtype), z.shape)
 
 
+def all_logits(schedules: Schedules, hidden: Array, kernel: Array, bias: Array | None) -> Array:
+    """Of wide factors, whatever the platform: the derivatives are made of products that no schedule sees."""
+    return logits(hidden, kernel, bias, Schedule(schedules[0].vocab_axis, schedules[0].precision, widens=True))
+
+
 def gradients(
     dz: Array, hidden: Array, kernel: Array, schedule: Schedule, hidden_t: Array | None = None
 ) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared
-from jaxce.compose import CrossEntropyAux
 from jaxce.sharding import place, spec_of, vary, varying
-from jaxce.targets import SparseTargets, class_indices
+from jaxce.targets import Ids, SparseTargets, class_indices
+
+Result = TypeVar("Result")  # an array, or one and an aux record
 
 
 def row_axes(options: Options, projection: Projection, examples: Examples, shared: Shared) -> frozenset[str]:
@@ -45,7 +46,14 @@ def vary_by_kind(
     )
 
 
-def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) -> Array | tuple[Array, CrossEntropyAux]:
+def no_axis_names(arguments: dict[str, Any]) -> None:
+    for name in "axis_name", "batch_axis_name":
+        if (x := arguments.get(name)) is not None:
+            hint = "Types say how hidden states and kernel are split; or name every axis in a shard_map."
+            checks.fail(ValueError, name, "None on a mesh with Explicit axes", repr(x), hint)
+
+
+def over_mesh(loss: Callable[..., Result], mesh: Any, arguments: dict[str, Any]) -> Result:
     """`loss(**arguments)`, with the tokens split as `hidden` is and the classes as `kernel` is.
 
     What belongs to tokens or classes is brought to the same sharding; these are small beside the two.
@@ -71,7 +79,7 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
 
     *batch, _ = hidden.shape
     full = (*batch, kernel.shape[vocab_axis])
-    if arguments["where"] is not None:
+    if arguments.get("where") is not None:
         arguments["where"] = checks.where_mask(arguments["where"], full, tuple(batch), (len(batch),))
 
     def placed(x: Any, spec: Sequence[Any]) -> Array:
@@ -79,6 +87,9 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
 
     def placed_targets(x: Any) -> Any:
         # Labels before anything else: a JAX array would wrap those that are too large for it.
+        if isinstance(x, Ids):
+            ids = labels("ids", x.ids)
+            return Ids(placed(ids, (*tokens, None)[: ids.ndim]))
         if isinstance(x, SparseTargets):
             x, spec = x._replace(indices=labels("targets.indices", x.indices)), (*tokens, None)
             return jax.tree.map(lambda x: placed(x, spec), x)
@@ -92,14 +103,15 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
     for name, spec in {
         "where": (*tokens, classes),
         "weights": tuple(tokens),
-        "temperature": tuple(tokens) if jnp.ndim(arguments["temperature"]) else (),
+        "temperature": tuple(tokens) if jnp.ndim(arguments.get("temperature", 1)) else (),
         "bias": (classes,),
         "class_weights": (classes,),
         "label_smoothing": (),
         "z_loss": (),
     }.items():
-        if isinstance(arguments[name], jax.Array) or (spec and arguments[name] is not None):
-            arrays[name] = placed(arguments[name], spec)
+        given = arguments.get(name)
+        if isinstance(given, jax.Array) or (spec and given is not None):
+            arrays[name] = placed(given, spec)
     constants = {name: x for name, x in arguments.items() if name not in arrays}
     constants["axis_name"] = class_axes or None
     if arguments["reduction"] != "none":
@@ -107,7 +119,7 @@ def over_mesh(loss: Callable[..., Any], mesh: Any, arguments: dict[str, Any]) ->
     out_specs: Any = P(*tokens) if arguments["reduction"] == "none" else P()
     if arguments["return_aux"]:
         out_specs = (out_specs, P(*tokens))
-    mapped: Callable[..., Array | tuple[Array, CrossEntropyAux]] = jax.shard_map(
+    mapped: Callable[..., Result] = jax.shard_map(
         lambda arrays: loss(**arrays, **constants),
         mesh=mesh,
         axis_names=explicit,

@@ -159,6 +159,7 @@ def no_classes(options: Options, projection: Projection, examples: Examples) -> 
     return RowStats(
         max=zero - jnp.inf,
         rest=zero - 1,
+        outside=RowStats(zero - jnp.inf, zero - 1) if options.tail else None,
         picked=None if examples.indices is None else jnp.zeros(examples.indices.shape, zero.dtype),
         target=None if examples.probs is None else Gap(zero, zero),
         smoothing=Gap(zero, zero) if options.label_smoothing else None,

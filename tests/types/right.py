@@ -69,6 +69,14 @@ def linear(aux: bool) -> None:
     jaxce.linear_cross_entropy(hidden, kernel, labels, plan=plan)
 
 
+def post_training(aux: bool) -> None:
+    assert_type(jaxce.log_probs(logits, labels, -1, logits > 0, temperature=Param()), jax.Array)
+    chosen, record = jaxce.linear_log_probs(hidden, kernel, labels, return_aux=True, vocab_axis=-1, mode="recompute")
+    assert_type(chosen + record.tail, jax.Array)
+    both = jaxce.log_probs(logits, labels, return_aux=aux, ignore_index=-100, logit_softcap=30)
+    assert_type(both, jax.Array | tuple[jax.Array, jaxce.LogProbsAux])
+
+
 def about_losses() -> None:
     assert_type(diagnostics.perplexity(1.2), jax.Array)
     assert_type(diagnostics.chance_loss(priors=np.ones(10) / 10), jax.Array)

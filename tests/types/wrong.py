@@ -26,6 +26,8 @@ jaxce.linear_cross_entropy(hidden, kernel, labels, mode="stored")  # wrong: no s
 jaxce.linear_cross_entropy(hidden, kernel, labels, vocab_axis=2)  # wrong: no such axis
 jaxce.linear_cross_entropy(hidden, kernel, labels, labels=labels)  # wrong: only the dense loss has optax's name
 jaxce.linear_cross_entropy(hidden, shape, labels)  # wrong: nothing to compute with
+jaxce.log_probs(logits, labels, label_smoothing=0.1)  # wrong: there are no targets to smooth
+jaxce.linear_log_probs(hidden, kernel, labels, mode="store")  # wrong: no number per token
 jaxce.plan_linear_cross_entropy(shape, shape, labels, platform="metal")  # wrong: no such platform
 jaxce.plan_linear_cross_entropy(shape, shape, labels, budget=2**20)  # wrong: no such option
 jaxce.tune_linear_cross_entropy(shape, shape, labels, seconds="10")  # wrong: not a number
