@@ -35,6 +35,7 @@ ORDER = [
     "jaxce.arguments",
     "jaxce.lookup",
     "jaxce.sums",
+    "jaxce.divergence",
     "jaxce.compose",
     "jaxce.layout",
     "jaxce.autodiff",
