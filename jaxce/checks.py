@@ -286,20 +286,20 @@ def class_weights(x: Any, size: int) -> jax.Array:
     return as_array(x)
 
 
-def kernel(x: jax.Array, size: int, vocab_axis: int) -> None:
+def kernel(x: jax.Array, size: int, vocab_axis: int, prefix: str = "") -> None:
     expected = ("V", size) if vocab_axis == 0 else (size, "V")
-    shape = f"shape [{expected[0]}, {expected[1]}] for hidden states of {size} features and vocab_axis={vocab_axis}"
+    shape = f"shape [{expected[0]}, {expected[1]}] for hidden states of {size} features and {prefix}vocab_axis={vocab_axis}"
     if x.ndim != 2:
-        fail(ValueError, "kernel", shape, describe(x))
+        fail(ValueError, f"{prefix}kernel", shape, describe(x))
     if x.shape[1 - vocab_axis] != size:
-        hint = f"If its classes are on the other axis, pass vocab_axis={1 - vocab_axis}."
-        fail(ValueError, "kernel", shape, describe(x), hint if x.shape[vocab_axis] == size else "")
+        hint = f"If its classes are on the other axis, pass {prefix}vocab_axis={1 - vocab_axis}."
+        fail(ValueError, f"{prefix}kernel", shape, describe(x), hint if x.shape[vocab_axis] == size else "")
 
 
-def bias(x: Any, size: int) -> jax.Array:
-    array = float_array("bias", x)
+def bias(x: Any, size: int, name: str = "bias") -> jax.Array:
+    array = float_array(name, x)
     if array.shape != (size,):
-        fail(ValueError, "bias", f"shape ({size},), one number per class", describe(array))
+        fail(ValueError, name, f"shape ({size},), one number per class", describe(array))
     return array
 
 

@@ -17,7 +17,7 @@ from jaxce.arguments import Examples, Options, Projection, Shared
 from jaxce.compose import CrossEntropyAux
 from jaxce.linear import blocks, chips, mesh, recompute, store
 from jaxce.linear import plan as plans
-from jaxce.linear.arguments import checked_linear, prepared
+from jaxce.linear.arguments import checked_linear, flat, prepared
 from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan
 from jaxce.sharding import explicit_mesh
@@ -275,26 +275,8 @@ def _loss(
     if not any(schedule.block_n for schedule in schedules):
         return recompute.loss(schedules, options, projection, examples, shared, counts)[0]
     counts = jax.tree.map(lambda x: x.reshape(math.prod(batch)), counts)
-    result = store.loss(schedules, options, *_flat(batch, projection, examples), shared, counts)
+    result = store.loss(schedules, options, *flat(batch, projection, examples), shared, counts)
     if not isinstance(result, tuple):
         return result
     loss, aux = result
     return loss, jax.tree.map(lambda x: x.reshape(batch), aux)
-
-
-def _flat(batch: list[int], projection: Projection, examples: Examples) -> tuple[Projection, Examples]:
-    """One axis of N tokens in place of the batch axes."""
-    n = math.prod(batch)
-
-    def row(x: Array) -> Array:
-        return jnp.broadcast_to(x, batch).reshape(n)
-
-    def entries(x: Array) -> Array:
-        return x.reshape(n, x.shape[-1])
-
-    def classes(x: Array) -> Array:
-        if all(k == 1 for k in x.shape[:-1]):  # a mask that is the same for all
-            return x.reshape(1, x.shape[-1])
-        return entries(jnp.broadcast_to(x, (*batch, x.shape[-1])))
-
-    return projection._replace(hidden=entries(projection.hidden)), examples.by_kind(row, entries, classes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -18,6 +19,8 @@ from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan
 from jaxce.sharding import vary
 from jaxce.stats import matmul_dtype, working_dtype
+
+Models = TypeVar("Models")  # a `Projection`, or several
 
 
 def checked_linear(
@@ -48,7 +51,7 @@ def checked_linear(
     examples, shared, constants = checked(targets, (*batch, V), (len(batch),), dtype, targets_name, **options)
     checks.split_over("kernel", kernel, constants.axis_name, "classes")
     checks.split_over("hidden", hidden, constants.batch_axis_name, "tokens")
-    _check_mode(mode, memory_budget, constants)
+    check_mode(mode, memory_budget, constants)
     N = math.prod(batch)
     _check_plan(plan, (N, D, V), mode, memory_budget, constants)
     if not isinstance(N, int) and (mode == "store" or memory_budget is not None):
@@ -77,7 +80,7 @@ def checked_linear(
     return Projection(hidden, kernel, bias), examples, shared, constants, schedules, problem
 
 
-def _check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
+def check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
     checks.one_of("mode", mode, (None, *plans.MODES))
     if memory_budget is not None and (
         isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, np.integer))
@@ -126,12 +129,12 @@ def prepared(
     classes = blocks.participating(examples.where, shape, schedules[0].forward_v, options.axis_name)
     like = jnp.sum(hidden, -1).astype(working_dtype(matmul_dtype(hidden.dtype, kernel.dtype)))
     counts = who_counts(options, examples, shared, like, classes)
-    projection = projection._replace(hidden=_without_unused(options, hidden, examples, shared, counts))
+    projection = projection._replace(hidden=_without_unused_of(options, hidden, examples, shared, counts))
     projection, examples, shared = mesh.vary_by_kind(options, projection, examples, shared)
     return Prepared(projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared)))
 
 
-def _without_unused(options: Options, hidden: Array, examples: Examples, shared: Shared, counts: Counts) -> Array:
+def _without_unused_of(options: Options, hidden: Array, examples: Examples, shared: Shared, counts: Counts) -> Array:
     """The hidden states, but 0 for what is not finite in unused tokens: in a matmul 0·NaN would reach everything."""
     unused = counts.unused
     given = options.ignore_index, examples.weights, examples.where, shared.class_weights
@@ -139,4 +142,27 @@ def _without_unused(options: Options, hidden: Array, examples: Examples, shared:
         return hidden
     if not (options.label_smoothing or options.z_loss or options.return_aux):  # which a class of weight 0 does not stop
         unused = unused | (counts.weight == 0)
+    return without_unused(unused, hidden)
+
+
+def without_unused(unused: Array, hidden: Array) -> Array:
     return jnp.where(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros_like(hidden), hidden)
+
+
+def flat(batch: list[int], models: Models, examples: Examples) -> tuple[Models, Examples]:
+    """One axis of N tokens in place of the batch axes."""
+    n = math.prod(batch)
+
+    def row(x: Array) -> Array:
+        return jnp.broadcast_to(x, batch).reshape(n)
+
+    def entries(x: Array) -> Array:
+        return x.reshape(n, x.shape[-1])
+
+    def classes(x: Array) -> Array:
+        if all(k == 1 for k in x.shape[:-1]):  # a mask that is the same for all
+            return x.reshape(1, x.shape[-1])
+        return entries(jnp.broadcast_to(x, (*batch, x.shape[-1])))
+
+    flat_models: Models = jax.tree.map(lambda x: x._replace(hidden=entries(x.hidden)), models, is_leaf=lambda x: isinstance(x, Projection))
+    return flat_models, examples.by_kind(row, entries, classes)

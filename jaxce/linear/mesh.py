@@ -99,12 +99,17 @@ def over_mesh(loss: Callable[..., Result], mesh: Any, arguments: dict[str, Any])
         indices, arguments["ignore_index"] = class_indices(name, x, arguments["ignore_index"])
         return indices
 
-    arrays = {"hidden": hidden, "kernel": kernel, "targets": placed_targets(arguments["targets"])}
+    arrays = {"hidden": hidden, "kernel": kernel}
+    if "targets" in arguments:
+        arrays["targets"] = placed_targets(arguments["targets"])
     for name, spec in {
         "where": (*tokens, classes),
         "weights": tuple(tokens),
         "temperature": tuple(tokens) if jnp.ndim(arguments.get("temperature", 1)) else (),
         "bias": (classes,),
+        "teacher_hidden": (*tokens, None),
+        "teacher_kernel": (None, classes) if arguments.get("teacher_vocab_axis", 1) % 2 else (classes, None),
+        "teacher_bias": (classes,),
         "class_weights": (classes,),
         "label_smoothing": (),
         "z_loss": (),
@@ -117,7 +122,7 @@ def over_mesh(loss: Callable[..., Result], mesh: Any, arguments: dict[str, Any])
     if arguments["reduction"] != "none":
         constants["batch_axis_name"] = token_axes or None
     out_specs: Any = P(*tokens) if arguments["reduction"] == "none" else P()
-    if arguments["return_aux"]:
+    if arguments.get("return_aux"):
         out_specs = (out_specs, P(*tokens))
     mapped: Callable[..., Result] = jax.shard_map(
         lambda arrays: loss(**arrays, **constants),

@@ -1,0 +1,507 @@
+"""Distillation from hidden states: the divergence of two models' logits, of which neither is ever held whole.
+
+As `jaxce.distillation` has it for rows of logits, in blocks of the vocabulary and three passes over them: the record of
+each model's row, what is summed up over both, and the gradients.
+
+**"store"**, for a loss that is one number: a block of tokens keeps its logits of both models from the first pass to the
+last, and the gradients are computed along with the loss. That takes as many products as with all the logits in memory.
+
+**"recompute"**, for a number per token: every pass computes the logits anew, and nothing is kept but numbers per token.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.lax import PrecisionLike
+
+from jaxce import checks
+from jaxce.arguments import Examples, Options, Projection, Shared
+from jaxce.compose import Counts, compose, mean_divisor, who_counts
+from jaxce.distillation import (
+    Distillation,
+    Factors,
+    Models,
+    Record,
+    checked_distillation,
+    factors,
+    gradient,
+    loss_of_models,
+    record_of,
+)
+from jaxce.divergence import Side, Sums, compare, side_of, sums
+from jaxce.linear import VocabAxis, blocks, costs, mesh
+from jaxce.linear.arguments import check_mode, flat, without_unused
+from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, take
+from jaxce.reverse_mode import reverse_mode_only
+from jaxce.sharding import explicit_mesh, shard_count, sum_over, vary, varying
+from jaxce.stats import RowStats, Terms, finite, matmul_dtype, merge, merge_shards, times, working_dtype
+from jaxce.sums import Rows, effective, row_stats
+from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mode, Reduction, takes_variables
+
+_KEPT = 2**24  # logits of each model in a block of tokens that keeps them
+_PART = 2**21  # those that are worked on at once
+
+
+class Plan(NamedTuple):
+    """A schedule for each model: they differ in the layout of the kernel."""
+
+    student: Schedule
+    teacher: Schedule
+
+
+Plans = tuple[Plan, Plan, Plan]  # for "cpu", "tpu" and every other platform
+
+
+class Tokens(NamedTuple):
+    """A `Projection` for each model, with hidden states `[N, D]`; of `examples` the mask and the temperature."""
+
+    models: Models
+    examples: Examples
+
+
+class Kept(NamedTuple):
+    """Logits `[N, V]` of a block of tokens."""
+
+    student: Array
+    teacher: Array
+
+
+Gradients = tuple[Projection, Array | None]  # of the student, and in the temperature
+
+
+def _forward(plan: Plan, of: Distillation, tokens: Tokens, keep: bool = False) -> tuple[Array, Record, Kept | None]:
+    """The divergence of each row, its record, and if asked for the logits."""
+    models, examples = tokens
+    dtype, n, V = _working(models), *_shape(plan, models)
+    every = varying(tokens)
+    none = RowStats(jnp.full(n, -jnp.inf, dtype), jnp.full(n, -1, dtype))
+    kept = Kept(*(lax.empty((n, V), dtype) for _ in models)) if keep else None
+    temperature = None if examples.temperature is None else examples.temperature[:, None]
+
+    def first(start: Any, size: int, state: tuple[Models, Kept | None]) -> tuple[Models, Kept | None]:
+        before, all_logits = state
+        both, where = _logits(plan, tokens, start, size), _part(examples, start, size).where
+        if all_logits is not None:
+            all_logits = Kept(*(put(whole, z, start, 1) for whole, z in zip(all_logits, both, strict=True)))
+        stats = [
+            merge(one, row_stats(options, Rows(z, where=where, temperature=temperature)))
+            for one, options, z in zip(before, of.of_models, both, strict=True)
+        ]
+        return Models(*stats), all_logits
+
+    stats, kept = over_blocks(V, plan.student.forward_v, first, vary((Models(none, none), kept), every))
+    student, teacher = (_side(merge_shards(s, of.options.axis_name), examples.temperature) for s in stats)
+    sides, sound = Models(student[0], teacher[0]), student[1] & teacher[1]
+
+    def second(start: Any, size: int, total: Sums) -> Sums:
+        both, part = _logits(plan, tokens, start, size, kept), _part(examples, start, size)
+        seen = (effective(o, Rows(z, where=part.where)) for o, z in zip(of.of_models, both, strict=True))
+        new = sums(of.divergence, compare(*seen, *sides, examples.temperature))
+        return Sums(*(a + b for a, b in zip(total, new, strict=True)))
+
+    zero = jnp.zeros(n, dtype)
+    total = over_blocks(V, plan.student.forward_v, second, vary(Sums(zero, zero, zero), every))
+    return *record_of(of, sides, sound, sum_over(total, of.options.axis_name)), kept
+
+
+def _side(stats: RowStats, temperature: Array | None) -> tuple[Side, Array]:
+    """What the classes of a row have in common, from the record of its quotients; and whether that is finite."""
+    stats, sound = finite(stats)
+    if temperature is None:
+        return side_of(stats), sound
+    largest = stats.max * temperature
+    return side_of(stats._replace(max=stats.max - largest / temperature), largest), sound
+
+
+def _backward(
+    plan: Plan,
+    of: Distillation,
+    tokens: Tokens,
+    of_rows: Factors,
+    kept: Kept | None = None,
+    sums: tuple[Array, Array | None] | None = None,
+) -> Gradients:
+    """With `sums`, of kernel and bias, which tokens share, theirs are added to them."""
+    (hidden, kernel, bias), schedule = tokens.models.student, plan.student
+    dtype, n, V = _working(tokens.models), *_shape(plan, tokens.models)
+    hidden_t = lax.optimization_barrier(hidden.T) if schedule.transposes else None
+
+    def block(start: Any, size: int, state: tuple[Array, Array, Array | None, Array | None]) -> Any:
+        of_hidden, of_kernel, of_bias, of_temperature = state
+        both = _logits(plan, tokens, start, size, kept)
+        dz, dtemperature = gradient(of, Models(*both), _part(tokens.examples, start, size), of_rows)
+        part = take(kernel, start, size, schedule.vocab_axis)
+        dhidden, dkernel = gradients(dz, hidden, part, schedule, hidden_t)
+
+        def written(whole: Array, part: Array, axis: int) -> Array:
+            if sums is not None:
+                part = take(whole, start, size, axis) + part.astype(whole.dtype)
+            return put(whole, part, start, axis)
+
+        of_kernel = written(of_kernel, dkernel, schedule.vocab_axis)
+        if of_bias is not None:
+            of_bias = written(of_bias, jnp.sum(dz, 0), 0)
+        if of_temperature is not None and dtemperature is not None:
+            of_temperature = of_temperature + dtemperature
+        return of_hidden + dhidden, of_kernel, of_bias, of_temperature
+
+    by_class = jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), (kernel, bias)) if sums is None else sums
+    rows = jnp.zeros(hidden.shape, dtype), None if tokens.examples.temperature is None else jnp.zeros(n, dtype)
+    state = vary((rows[0], *by_class, rows[1]), varying(tokens))
+    dhidden, dkernel, dbias, dtemperature = over_blocks(V, schedule.backward_v, block, state)
+
+    def whole(dx: Array, x: Array) -> Array:
+        """Of what devices share, each has the gradient from its own classes."""
+        return sum_over(dx, tuple(sorted(varying(dx) - varying(x))))
+
+    if dtemperature is not None and tokens.examples.temperature is not None:
+        dtemperature = whole(dtemperature, tokens.examples.temperature)
+    return Projection(whole(dhidden, hidden), dkernel, dbias), dtemperature
+
+
+def _working(models: Models) -> jnp.dtype:
+    return jnp.promote_types(*(working_dtype(matmul_dtype(m.hidden.dtype, m.kernel.dtype)) for m in models))
+
+
+def _shape(plan: Plan, models: Models) -> tuple[int, int]:
+    """Tokens and classes."""
+    return models.student.hidden.shape[0], models.student.kernel.shape[plan.student.vocab_axis]
+
+
+def _part(examples: Examples, start: Any, size: int) -> Examples:
+    return examples._replace(where=None if examples.where is None else take(examples.where, start, size, -1))
+
+
+def _logits(plan: Plan, tokens: Tokens, start: Any, size: int, kept: Kept | None = None) -> list[Array]:
+    """Of `size` classes from `start` on, of both models."""
+    if kept is not None:
+        return [take(z, start, size, 1) for z in kept]
+
+    def of_model(schedule: Schedule, model: Projection) -> Array:
+        part = lax.optimization_barrier(take(model.kernel, start, size, schedule.vocab_axis))
+        bias = None if model.bias is None else take(model.bias, start, size, 0)
+        return logits(model.hidden, part, bias, schedule).astype(_working(tokens.models))
+
+    return [of_model(schedule, model) for schedule, model in zip(plan, tokens.models, strict=True)]
+
+
+# --- "recompute" ----------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _divergences(plans: Plans, of: Distillation, tokens: Tokens) -> Array:
+    """The divergence of each token."""
+    return _divergences_fwd(plans, of, tokens)[0]
+
+
+def _divergences_fwd(plans: Plans, of: Distillation, tokens: Tokens) -> tuple[Array, tuple[Tokens, Record]]:
+    def forward(plan: Plan, tokens: Tokens) -> tuple[Array, Record]:
+        return _forward(plan, of, tokens)[:2]
+
+    value, record = by_platform(plans, forward, tokens)
+    return value, (tokens, record)
+
+
+def _divergences_bwd(plans: Plans, of: Distillation, residuals: tuple[Tokens, Record], ct: Array) -> tuple[Tokens]:
+    def backward(plan: Plan, tokens: Tokens, record: Record, ct: Array) -> Gradients:
+        return _backward(plan, of, tokens, factors(record, ct))
+
+    return (_rounded(by_platform(plans, backward, *residuals, ct), residuals[0]),)
+
+
+def _rounded(grads: Gradients, tokens: Tokens) -> Tokens:
+    student = jax.tree.map(lambda g, x: g.astype(x.dtype), grads[0], tokens.models.student)
+    return Tokens(Models(student, None), Examples(temperature=grads[1]))
+
+
+_divergences.defvjp(_divergences_fwd, _divergences_bwd)
+
+
+# --- "store" --------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted_sum(plans: Plans, of: Distillation, tokens: Tokens, weights: Array) -> Array:
+    """The sum of the divergences of all tokens, each times its weight."""
+
+    def forward(plan: Plan, tokens: Tokens, weights: Array) -> Array:
+        def block(start: Any, size: int, total: Array) -> Array:
+            part, own = _rows((tokens, weights), start, size)
+            return total + jnp.sum(times(own, _forward(plan, of, part, keep=True)[0]))
+
+        zero = vary(jnp.zeros((), weights.dtype), varying(tokens, weights) - set(of.options.axis_name))
+        return over_blocks(len(weights), plan.student.block_n, block, zero)
+
+    return by_platform(plans, forward, tokens, weights)
+
+
+def _weighted_sum_fwd(
+    plans: Plans, of: Distillation, tokens: Tokens, weights: Array
+) -> tuple[Array, tuple[Tokens, Array, Gradients]]:
+    def forward(plan: Plan, tokens: Tokens, weights: Array) -> tuple[Array, Array, Gradients]:
+        def block(start: Any, size: int, state: Any) -> Any:
+            total, divergences, (of_hidden, *sums), of_temperature = state
+            part, own = _rows((tokens, weights), start, size)
+            value, record, kept = _forward(plan, of, part, keep=True)
+            given = plan, of, part, factors(record, own), kept, tuple(sums)
+            (dhidden, *sums), dtemperature = _backward(*given)
+            if of_temperature is not None and dtemperature is not None:
+                of_temperature = put(of_temperature, dtemperature, start, 0)
+            return (
+                total + jnp.sum(times(own, value)),
+                put(divergences, value, start, 0),
+                Projection(put(of_hidden, dhidden, start, 0), *sums),
+                of_temperature,
+            )
+
+        rows = varying(tokens, weights) - set(of.options.axis_name)
+        dtype, (hidden, *shared) = weights.dtype, tokens.models.student
+        total, divergences, dhidden = (jnp.zeros(s, dtype) for s in ((), weights.shape, hidden.shape))
+        dtemperature = None if tokens.examples.temperature is None else divergences
+        total, divergences, dhidden, dtemperature = vary((total, divergences, dhidden, dtemperature), rows)
+        sums = vary(jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shared), rows | set(of.options.axis_name))
+        state = total, divergences, Projection(dhidden, *sums), dtemperature
+        total, divergences, student, dtemperature = over_blocks(len(weights), plan.student.block_n, block, state)
+        return total, divergences, (student, dtemperature)
+
+    total, divergences, grads = by_platform(plans, forward, tokens, weights)
+    return total, (tokens, divergences, grads)
+
+
+def _weighted_sum_bwd(
+    plans: Plans, of: Distillation, residuals: tuple[Tokens, Array, Gradients], ct: Array
+) -> tuple[Tokens, Array]:
+    tokens, divergences, grads = residuals
+    scaled: Gradients = jax.tree.map(lambda g: times(ct, g), grads)
+    return _rounded(scaled, tokens), ct * divergences
+
+
+_weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
+
+
+def _rows(tree: Any, start: Any, size: int) -> Any:
+    """The tokens from `start` on: what has one row for all of them stays, and so do kernels and biases."""
+    tokens, weights = tree
+    models = Models(*(m._replace(hidden=take(m.hidden, start, size, 0)) for m in tokens.models))
+    examples = jax.tree.map(lambda x: take(x, start, size, 0), tokens.examples)
+    return Tokens(models, examples), take(weights, start, size, 0)
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+@takes_variables
+def linear_distillation_loss(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    teacher_hidden: ArrayLike,
+    teacher_kernel: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    teacher_bias: ArrayLike | None = None,
+    vocab_axis: VocabAxis = 1,
+    teacher_vocab_axis: VocabAxis | None = None,
+    where: ArrayLike | None = None,
+    divergence: DivergenceName = "forward_kl",
+    beta: float = 0.5,
+    temperature: ArrayLike = 1.0,
+    weights: ArrayLike | None = None,
+    logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    reduction: Reduction = "none",
+    axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
+    implementation: Implementation | None = None,
+    mode: Mode | None = None,
+    precision: PrecisionLike = None,
+) -> Array:
+    r"""The divergence between a student and its teacher from the hidden states of both, without the logits of either.
+
+    For hidden states :math:`h` and :math:`g` and kernels :math:`W` and :math:`U`, it equals
+
+    .. math:: \mathrm{distillation\_loss}(h W + b,\ g U + a, \ldots)
+
+    in value and in every gradient. Logits exist one block at a time, in float32; two language models with N tokens and V
+    classes need no memory that grows with N·V. The teacher is a constant: its gradients are 0.
+
+    Args:
+      hidden: the student's, floats `[..., D]`.
+      kernel: the student's, floats `[D, V]`; or `[V, D]`, such as a tied embedding table, with `vocab_axis=0`.
+      teacher_hidden: floats `[..., E]`, of as many tokens; E need not be D.
+      teacher_kernel: floats `[E, V]`, or `[V, E]`.
+      bias, teacher_bias: floats `[V]`.
+      vocab_axis: which axis of the kernel has the classes.
+      teacher_vocab_axis: that of the teacher's kernel. None: the same.
+      where: bools that broadcast to `[..., V]`: the classes that take part, in both models; of shape `[...]`: the
+        tokens that do.
+      divergence, beta, temperature, weights, logit_softcap, teacher_logit_softcap, reduction: as in
+        `jaxce.distillation_loss`.
+      axis_name: inside `jax.shard_map`, the mesh axis (or axes, major first) that the classes are split over. Kernels,
+        biases and `where` are then this device's share, and hidden states are whole. Devices exchange a few numbers
+        per token, and the gradient of the hidden states.
+      batch_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that the tokens are split over, to reduce over
+        all of them: the same number on every device.
+      implementation: `"autodiff"` is plain JAX for forward mode (jvp, jacfwd, linearize), and does hold the logits.
+      mode: `"store"` goes through blocks of tokens and computes the gradients along with the loss, two products for the
+        logits and two for the gradients; it is for losses that are one number (`reduction` not "none"), and holds the
+        logits of one block of tokens with the whole vocabulary. `"recompute"` goes through blocks of the vocabulary,
+        computes the logits of both models three times, and keeps a few numbers per token. None: "store" for one number.
+      precision: of the matmuls, as in `jax.lax.dot_general`.
+
+    Returns:
+      The loss in nats, float64 if an array of either model is and float32 otherwise. Gradients have the dtype of their
+      argument and are summed in float32.
+
+    Raises:
+      TypeError, ValueError: an argument of the wrong dtype, shape or range; the message says what to do.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxce
+      >>> hidden, kernel = jnp.array([[1.0, -0.5]]), jnp.array([[0.5, -1.0, 2.0], [1.0, 0.3, 0.1]])
+      >>> teacher_hidden = jnp.array([[1.0, 0.2, -0.1]])
+      >>> teacher_kernel = jnp.array([[0.1, -0.6, 1.5], [0.3, 0.0, 0.2], [0.2, 1.0, 0.4]])
+      >>> print(jaxce.linear_distillation_loss(hidden, kernel, teacher_hidden, teacher_kernel))
+      [0.0]
+
+    Note:
+      Hsu et al., "Liger Kernel", 2024, section 3.2, for gradients computed along with the loss; the divergences as in
+      `jaxce.distillation_loss`.
+    """
+    arguments: dict[str, Any] = {
+        "hidden": hidden,
+        "kernel": kernel,
+        "teacher_hidden": teacher_hidden,
+        "teacher_kernel": teacher_kernel,
+        "bias": bias,
+        "teacher_bias": teacher_bias,
+        "vocab_axis": vocab_axis,
+        "teacher_vocab_axis": vocab_axis if teacher_vocab_axis is None else teacher_vocab_axis,
+        "where": where,
+        "divergence": divergence,
+        "beta": beta,
+        "temperature": temperature,
+        "weights": weights,
+        "logit_softcap": logit_softcap,
+        "teacher_logit_softcap": teacher_logit_softcap,
+        "reduction": reduction,
+        "axis_name": axis_name,
+        "batch_axis_name": batch_axis_name,
+        "implementation": implementation,
+        "mode": mode,
+        "precision": precision,
+    }
+    if (explicit := explicit_mesh(hidden, kernel)) is not None:
+        mesh.no_axis_names(arguments)
+        _checked(**arguments)
+        return mesh.over_mesh(_checked_loss, explicit, arguments)
+    return _checked_loss(**arguments)
+
+
+def _checked_loss(**arguments: Any) -> Array:
+    tokens, examples, of, plans = _checked(**arguments)
+    loss: Array = _loss(tokens, examples, of=of, plans=plans)
+    return loss
+
+
+def _checked(
+    hidden: Any,
+    kernel: Any,
+    teacher_hidden: Any,
+    teacher_kernel: Any,
+    *,
+    bias: Any,
+    teacher_bias: Any,
+    vocab_axis: Any,
+    teacher_vocab_axis: Any,
+    axis_name: Any,
+    batch_axis_name: Any,
+    mode: Any,
+    precision: Any,
+    **options: Any,
+) -> tuple[Models, Examples, Distillation, Plans]:
+    student = _projection("", hidden, kernel, bias, vocab_axis)
+    teacher = _projection("teacher_", teacher_hidden, teacher_kernel, teacher_bias, teacher_vocab_axis)
+    vocab_axes = vocab_axis % 2, teacher_vocab_axis % 2
+    *batch, D = student.hidden.shape
+    V = student.kernel.shape[vocab_axes[0]]
+    if teacher.hidden.shape[:-1] != tuple(batch):
+        expected = f"shape {(*batch, 'E')}, hidden states of the same tokens"
+        checks.fail(ValueError, "teacher_hidden", expected, checks.describe(teacher.hidden))
+    if (found := teacher.kernel.shape[vocab_axes[1]]) != V:
+        hint = "Both models need the same vocabulary: leave out what one of them has at the end, kernel[:, :V]."
+        checks.fail(ValueError, "teacher_kernel", f"{V} classes, as kernel has", f"{found}", hint)
+    models = Models(student, teacher)
+    names = {"axis_name": axis_name, "batch_axis_name": batch_axis_name}
+    examples, of = checked_distillation((*batch, V), (len(batch),), _working(models), **names, **options)
+    for prefix, model in ("", student), ("teacher_", teacher):
+        checks.split_over(f"{prefix}kernel", model.kernel, of.options.axis_name, "classes")
+        checks.split_over(f"{prefix}hidden", model.hidden, of.options.batch_axis_name, "tokens")
+    check_mode(mode, None, of.options)
+    return models, examples, of, _plans(math.prod(batch), D, V, vocab_axes, precision, mode, of.options.reduction)
+
+
+def _projection(prefix: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: Any) -> Projection:
+    hidden = checks.float_array(f"{prefix}hidden", hidden)
+    kernel = checks.float_array(f"{prefix}kernel", kernel)
+    checks.one_of(f"{prefix}vocab_axis", vocab_axis, (0, 1, -2, -1))
+    checks.kernel(kernel, hidden.shape[-1], vocab_axis % 2, prefix)
+    V = kernel.shape[vocab_axis % 2]
+    checks.num_classes(f"{prefix}kernel", V)
+    return Projection(hidden, kernel, None if bias is None else checks.bias(bias, V, f"{prefix}bias"))
+
+
+def _plans(N: Any, D: int, V: int, vocab_axes: tuple[int, int], precision: Any, mode: Any, reduction: str) -> Plans:
+    """Blocks of both modes, as large as those of `jaxce.linear.store` and `jaxce.linear.recompute` in all."""
+    stores = mode != "recompute" and reduction != "none" and isinstance(N, int)
+    block_n = costs.sizes(N, max(_KEPT // V, 8), 8)[0] if stores and N else 0
+    rows = block_n or (max(N, 1) if isinstance(N, int) else 8192)
+    block_v = costs.sizes(V, max(_PART // rows, 4 * costs.LANES), costs.LANES)[0]
+
+    def plan(on_cpu: bool) -> Plan:
+        schedule = Schedule(0, precision, block_n, block_v, block_v, widens=on_cpu, transposes=on_cpu)
+        return Plan(*(schedule._replace(vocab_axis=axis) for axis in vocab_axes))
+
+    return plan(True), plan(False), plan(False)
+
+
+@functools.partial(jax.jit, static_argnames=("of", "plans"))
+def _loss(models: Models, examples: Examples, *, of: Distillation, plans: Plans) -> Array:
+    *batch, _ = models.student.hidden.shape
+    V, options = models.student.kernel.shape[plans[0].student.vocab_axis], of.options
+    classes = blocks.participating(examples.where, (*batch, V), plans[0].student.forward_v, options.axis_name)
+    like = jnp.sum(models.student.hidden, -1).astype(_working(models))
+    counts = who_counts(options, examples, Shared(), like, classes)
+    teacher = jax.tree.map(lax.stop_gradient, models.teacher)
+    models = Models(*(m._replace(hidden=without_unused(counts.unused, m.hidden)) for m in (models.student, teacher)))
+    models, examples, counts = _varied(options, models, examples, counts)
+    if options.implementation == "autodiff":
+        of_models = (tuple(plan[i] for plan in plans) for i in range(2))
+        both = (blocks.all_logits(s, *m) for s, m in zip(cast(Any, of_models), models, strict=True))
+        return loss_of_models(of, Models(*both), examples)
+    tokens = Tokens(*flat(batch, models, Examples(where=examples.where, temperature=examples.temperature)))
+    tokens = reverse_mode_only(tokens)
+    if not plans[0].student.block_n:
+        value = _divergences(plans, of, tokens).reshape(batch)
+        given = options, Terms(jnp.zeros_like(value), value), examples, Shared(), counts, V * shard_count(options.axis_name)
+        return cast(Array, compose(*given))
+    divisor, nothing = jnp.ones((), like.dtype), jnp.zeros((), jnp.bool_)
+    if options.reduction != "sum":
+        divisor, nothing = mean_divisor(options, counts)
+    total = _weighted_sum(plans, of, tokens, (counts.weight / divisor).reshape(math.prod(batch)))
+    return jnp.where(nothing, 0, sum_over(total, options.batch_axis_name))
+
+
+def _varied(
+    options: Options, models: Models, examples: Examples, counts: Counts
+) -> tuple[Models, Examples, Counts]:
+    """What has a class axis differs along every mesh axis in play, and the rest along those of the tokens."""
+    rows = varying(models, examples) - set(options.axis_name)
+    of_rows, of_classes = (functools.partial(vary, axes=axes) for axes in (rows, rows | set(options.axis_name)))
+    models = Models(*(Projection(of_rows(m.hidden), of_classes(m.kernel), of_classes(m.bias)) for m in models))
+    return models, examples.by_kind(row=of_rows, entries=of_rows, classes=of_classes), of_rows(counts)
