@@ -3,6 +3,7 @@
 import typing as _typing
 
 from jaxce.compose import CrossEntropyAux
+from jaxce.distillation import distillation_loss
 from jaxce.linear import linear_cross_entropy, plan_linear_cross_entropy
 from jaxce.linear.plan import LinearPlan
 from jaxce.linear.tune import tune_linear_cross_entropy
@@ -33,6 +34,7 @@ __all__ = [
     "SparseTargets",
     "cross_entropy_from_probs",
     "diagnostics",
+    "distillation_loss",
     "linear_cross_entropy",
     "plan_linear_cross_entropy",
     "softmax_cross_entropy",

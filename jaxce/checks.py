@@ -308,12 +308,24 @@ def scalar(name: str, x: Any, low: float, high: float) -> None:
         fail(ValueError, name, f"a number {bounds}", repr(x))
 
 
-def softcap(x: Any) -> None:
-    if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
-        hint = "It is a constant of the compiled program."
-        fail(TypeError, "logit_softcap", "None or a Python number", describe(x), hint)
+def softcap(name: str, x: Any) -> None:
+    if not _is_number(x):
+        fail(TypeError, name, "None or a Python number", describe(x), "It is a constant of the compiled program.")
     if not 0 < float(x) < math.inf:
-        fail(ValueError, "logit_softcap", "a finite number > 0", repr(x), "None means no cap.")
+        fail(ValueError, name, "a finite number > 0", repr(x), "None means no cap.")
+
+
+def beta(x: Any, divergence: str) -> None:
+    if not _is_number(x):
+        fail(TypeError, "beta", "a Python number", describe(x), "It is a constant of the compiled program.")
+    if not 0 <= float(x) <= 1:
+        fail(ValueError, "beta", "a number between 0 and 1", repr(x))
+    if divergence != "jsd" and x != 0.5:
+        fail(ValueError, "beta", "none but for divergence='jsd'", f"{x!r} with divergence={divergence!r}")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
 
 
 def ignore_index(x: Any, *dtypes: jnp.dtype) -> None:

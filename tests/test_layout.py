@@ -41,6 +41,7 @@ ORDER = [
     "jaxce.autodiff",
     "jaxce.gradient",
     "jaxce.softmax",
+    "jaxce.distillation",
     "jaxce.linear.blocks",
     "jaxce.linear.mesh",
     "jaxce.linear.vocabulary",

@@ -26,6 +26,7 @@ PUBLIC = {
     "LinearPlan",
     "SparseTargets",
     "cross_entropy_from_probs",
+    "distillation_loss",
     "linear_cross_entropy",
     "plan_linear_cross_entropy",
     "softmax_cross_entropy",
