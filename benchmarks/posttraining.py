@@ -1,7 +1,7 @@
 """Log-probabilities with entropy, and distillation, from hidden states: beside the same on materialised logits.
 
-The others are what people write: `jax.nn.log_softmax` of the logits, and optax's divergence of the results; once plainly
-and once under `jax.checkpoint`, which computes the logits again rather than keep them.
+The others are what people write: `jax.nn.log_softmax` of the logits, and optax's divergence of the results; once
+plainly and once under `jax.checkpoint`, which computes the logits again rather than keep them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxce
-from benchmarks import gpu, measure, tpu
+from benchmarks import measure, tpu
 
 SHAPE, SMOKE_SHAPE = (2048, 512, 50304), (64, 32, 1000)
 TPU_SHAPE, SMOKE_TPU_SHAPE = (8192, 2048, 131072), (256, 128, 4096)
@@ -38,7 +38,8 @@ def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def our_log_probs(student, teacher, ids):
-    chosen, aux = jaxce.linear_log_probs(*student, ids, return_aux=True)
+    hidden, kernel = student
+    chosen, aux = jaxce.linear_log_probs(hidden, kernel, ids, return_aux=True)
     return jnp.mean(chosen + ENTROPY * aux.entropy)
 
 
@@ -54,13 +55,13 @@ def our_divergence(divergence, student, teacher, ids):
 
 def their_forward_kl(student, teacher, ids):
     log_q, log_p = (jax.nn.log_softmax(_logits(*model)) for model in (student, jax.lax.stop_gradient(teacher)))
-    return jnp.mean(optax.kl_divergence_with_log_targets(log_q, log_p))
+    return jnp.mean(optax.losses.kl_divergence_with_log_targets(log_q, log_p))
 
 
 def their_jsd(student, teacher, ids):
     log_q, log_p = (jax.nn.log_softmax(_logits(*model)) for model in (student, jax.lax.stop_gradient(teacher)))
     log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
-    return jnp.mean(sum(optax.kl_divergence_with_log_targets(log_m, x) for x in (log_p, log_q))) / 2
+    return jnp.mean(sum(optax.losses.kl_divergence_with_log_targets(log_m, x) for x in (log_p, log_q))) / 2
 
 
 LOSSES: dict[str, tuple[Callable, Callable]] = {
@@ -94,11 +95,17 @@ def inputs(shape: tuple[int, int, int], dtype: str) -> tuple[Any, Any, Any]:
     return tuple(student), tuple(teacher), jnp.asarray(rng.integers(0, v, n), jnp.int32)
 
 
+def _blocking(program: Callable, args: tuple[Any, ...]) -> Any:
+    return jax.block_until_ready(program(*args))
+
+
 def measured(name: str, shape: tuple[int, int, int], dtype: str, seconds: float) -> dict[str, Any]:
-    args, runs, figures = inputs(shape, dtype), {}, {}
+    args = inputs(shape, dtype)
+    runs: dict[str, Callable[[], Any]] = {}
+    figures: dict[str, dict[str, Any]] = {}
     for form, program in programs(name).items():
         compiled, figures[form] = measure.compiled(program, *args)
-        runs[form] = lambda compiled=compiled: jax.block_until_ready(compiled(*args))
+        runs[form] = functools.partial(_blocking, compiled, args)
         figures[form]["loss"] = float(runs[form]()[0])
     times = measure.interleaved(runs, seconds, least=3, warm_up=0)
     for form, values in times.items():

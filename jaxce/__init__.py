@@ -3,7 +3,9 @@
 import typing as _typing
 
 from jaxce.compose import CrossEntropyAux
+from jaxce.distillation import distillation_loss
 from jaxce.linear import linear_cross_entropy, plan_linear_cross_entropy
+from jaxce.linear.distillation import linear_distillation_loss
 from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.linear.plan import LinearPlan
 from jaxce.linear.tune import tune_linear_cross_entropy
@@ -36,7 +38,9 @@ __all__ = [
     "SparseTargets",
     "cross_entropy_from_probs",
     "diagnostics",
+    "distillation_loss",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_log_probs",
     "log_probs",
     "plan_linear_cross_entropy",

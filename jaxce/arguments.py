@@ -99,17 +99,9 @@ def checked(
     *,
     where: Any = None,
     weights: Any = None,
-    class_weights: Any = None,
-    label_smoothing: Any = 0.0,
     ignore_index: int | None = None,
-    z_loss: Any = 0.0,
-    logit_softcap: float | None = None,
-    temperature: Any = 1.0,
-    reduction: str = "none",
     axis_name: Any = None,
-    batch_axis_name: Any = None,
-    return_aux: bool = False,
-    implementation: str | None = None,
+    **options: Any,
 ) -> tuple[Examples, Shared, Options]:
     """Checks what goes with logits of this dtype and of shape `full`; numbers become arrays of the working dtype.
 
@@ -122,6 +114,34 @@ def checked(
             checks.no_logits(targets_name, probs, tuple(class_axes))
         elif not axis_name:
             probs = check_targets(probs, tuple(class_axes))
+    examples, shared, constants = checked_options(
+        full, class_axes, dtype, where=where, weights=weights, axis_name=axis_name, **options
+    )
+    examples = examples._replace(indices=indices, probs=probs)
+    tail = constants.return_aux and isinstance(targets, Ids)
+    return examples, shared, dataclasses.replace(constants, ignore_index=ignore_index, tail=tail)
+
+
+def checked_options(
+    full: tuple[int, ...],
+    class_axes: Sequence[int],
+    dtype: DTypeLike,
+    *,
+    where: Any = None,
+    weights: Any = None,
+    class_weights: Any = None,
+    label_smoothing: Any = 0.0,
+    z_loss: Any = 0.0,
+    logit_softcap: float | None = None,
+    temperature: Any = 1.0,
+    reduction: str = "none",
+    axis_name: Any = None,
+    batch_axis_name: Any = None,
+    return_aux: bool = False,
+    implementation: str | None = None,
+) -> tuple[Examples, Shared, Options]:
+    """The same without targets."""
+    batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
     if where is not None:
         where = checks.where_mask(where, full, batch, class_axes)
     checks.scalar("label_smoothing", label_smoothing, 0, 1)
@@ -131,7 +151,7 @@ def checked(
     checks.one_of("return_aux", return_aux, (False, True))
     split_classes, split_batch = checks.mesh_axes(axis_name, batch_axis_name, reduction)
     if logit_softcap is not None:
-        checks.softcap(logit_softcap)
+        checks.softcap("logit_softcap", logit_softcap)
     dtype = working_dtype(dtype)
     if weights is not None:
         weights = checks.example_weights(weights, batch).astype(dtype)
@@ -149,10 +169,8 @@ def checked(
         z_loss=not _is(0, z_loss),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
         temperature=temperature is not None,
-        ignore_index=ignore_index,
         reduction=reduction,
         return_aux=return_aux,
-        tail=return_aux and isinstance(targets, Ids),
         implementation=implementation or "xla",
         axis_name=split_classes,
         batch_axis_name=split_batch,
@@ -162,7 +180,7 @@ def checked(
         label_smoothing=jnp.asarray(label_smoothing, dtype) if options.label_smoothing else None,
         z_loss=jnp.asarray(z_loss, dtype) if options.z_loss else None,
     )
-    return Examples(indices, probs, weights, where, temperature), shared, options
+    return Examples(weights=weights, where=where, temperature=temperature), shared, options
 
 
 def _is(number: int, x: Any) -> bool:

@@ -49,12 +49,7 @@ def _row_terms(
     z_max = lax.stop_gradient(jnp.max(z))
     z_max = lax.pmax(z_max, axes) if axes else z_max
     d = z - z_max
-    # log Σ exp(d), where the terms near 1 enter as expm1(d) and a count, so that the 1 of the maximum can be left out:
-    # beside it the digits of a small sum would be lost.
-    near = d > -0.5
-    count = sum_over(jnp.sum(near.astype(z.dtype)), axes)
-    apart = sum_over(jnp.sum(jnp.where(near, jnp.expm1(jnp.where(near, d, 0)), jnp.exp(d))), axes)
-    log_sum = jnp.log1p(apart + (count - 1))
+    log_sum = log_sum_exp(d, axes)
     surprise = log_sum - d  # −log p of each class
     p = jnp.exp(-surprise)
 
@@ -80,6 +75,18 @@ def _log_mass_outside(z: Array, log_normalizer: Array, indices: Array, axes: Axi
     total = sum_over(jnp.sum(jnp.exp(z - maximum)), axes)
     log_total = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)))
     return (maximum - log_normalizer) + log_total
+
+
+def log_sum_exp(d: Array, axes: AxisNames) -> Array:
+    """log Σ exp(d) of distances below the maximum.
+
+    The terms near 1 enter as expm1(d) and a count, so that the 1 of the maximum can be left out: beside it the digits
+    of a small sum would be lost.
+    """
+    near = d > -0.5
+    count = sum_over(jnp.sum(near.astype(d.dtype), -1), axes)
+    apart = sum_over(jnp.sum(jnp.where(near, jnp.expm1(jnp.where(near, d, 0)), jnp.exp(d)), -1), axes)
+    return jnp.log1p(apart + (count - 1))
 
 
 def _index_loss(z: Array, z_max: Array, index: Array, surprise: Array, axes: AxisNames) -> Array:

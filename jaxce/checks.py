@@ -288,7 +288,9 @@ def class_weights(x: Any, size: int) -> jax.Array:
 
 def kernel(x: jax.Array, size: int, vocab_axis: int, prefix: str = "") -> None:
     expected = ("V", size) if vocab_axis == 0 else (size, "V")
-    shape = f"shape [{expected[0]}, {expected[1]}] for hidden states of {size} features and {prefix}vocab_axis={vocab_axis}"
+    shape = (
+        f"shape [{expected[0]}, {expected[1]}] for hidden states of {size} features and {prefix}vocab_axis={vocab_axis}"
+    )
     if x.ndim != 2:
         fail(ValueError, f"{prefix}kernel", shape, describe(x))
     if x.shape[1 - vocab_axis] != size:
@@ -314,12 +316,24 @@ def scalar(name: str, x: Any, low: float, high: float) -> None:
         fail(ValueError, name, f"a number {bounds}", repr(x))
 
 
-def softcap(x: Any) -> None:
-    if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
-        hint = "It is a constant of the compiled program."
-        fail(TypeError, "logit_softcap", "None or a Python number", describe(x), hint)
+def softcap(name: str, x: Any) -> None:
+    if not _is_number(x):
+        fail(TypeError, name, "None or a Python number", describe(x), "It is a constant of the compiled program.")
     if not 0 < float(x) < math.inf:
-        fail(ValueError, "logit_softcap", "a finite number > 0", repr(x), "None means no cap.")
+        fail(ValueError, name, "a finite number > 0", repr(x), "None means no cap.")
+
+
+def beta(x: Any, divergence: str) -> None:
+    if not _is_number(x):
+        fail(TypeError, "beta", "a Python number", describe(x), "It is a constant of the compiled program.")
+    if not 0 <= float(x) <= 1:
+        fail(ValueError, "beta", "a number between 0 and 1", repr(x))
+    if divergence != "jsd" and x != 0.5:
+        fail(ValueError, "beta", "none but for divergence='jsd'", f"{x!r} with divergence={divergence!r}")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, bool)
 
 
 def ignore_index(x: Any, *dtypes: jnp.dtype) -> None:

@@ -2,7 +2,7 @@
 
 A row may come whole, in blocks, or in shards on several devices. A first pass leaves of each model a record of the row
 (`Side`), a second compares the classes (`compare`), and adds up (`sums`) what `finish` makes the divergence of; a third
-has the gradients (`slopes`). With teacher p, student q and Δ = log q − log p:
+has the gradients (`gradient`, `temperature_gradient`). With teacher p, student q and Δ = log q − log p:
 
 **Terms that are not negative.** As both distributions sum to 1, KL(p‖q) is Σ p·f(Δ) with f(x) = exp(x) − 1 − x >= 0.
 Nothing cancels in it: of two models that nearly agree the terms −p·Δ would, and leave nothing but rounding errors. The
@@ -19,14 +19,25 @@ only the square of the slip is taken off it. The gradients take the right gap.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Generic, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce.stats import RowStats, tempered, times
 
+T = TypeVar("T")
+KINDS = ("forward_kl", "reverse_kl", "jsd")
 _NEAR = 0.5
+
+
+class Models(NamedTuple, Generic[T]):
+    """The student's and the teacher's."""
+
+    student: T
+    teacher: T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +46,18 @@ class Divergence:
 
     kind: str = "forward_kl"
     beta: float = 0.5
+
+    @property
+    def shares(self) -> Models[float]:
+        """What KL(q‖m) and KL(p‖m) are multiplied by, as far as the divergence is made of them."""
+        return Models(1 - self.beta, self.beta) if self.kind == "jsd" else Models(1, 1)
+
+
+def divergence_of(kind: str, beta: float) -> Divergence:
+    """With the limits of β: as a Jensen-Shannon divergence it would be 0 there."""
+    if kind == "jsd" and beta in (0, 1):
+        kind = "reverse_kl" if beta else "forward_kl"
+    return Divergence(kind, beta) if kind == "jsd" else Divergence(kind)
 
 
 class Side(NamedTuple):
@@ -61,20 +84,34 @@ class Pair(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Over classes: the terms of KL(p‖m) and of KL(q‖m), and q − p. Those of blocks and shards add up."""
+    """Over classes; those of blocks and shards add up. Of a KL divergence m is the other distribution.
 
-    of_teacher: Array
-    of_student: Array
+    excess: of q − p.
+    parts: of the terms of KL(q‖m) and KL(p‖m), as far as the divergence is made of them.
+    leading, others, mass: what log(q/m) is where q is large; of q·log(q/m) elsewhere, and of q.
+    """
+
     excess: Array
+    parts: Models[Array | None]
+    leading: Array | None = None
+    others: Array | None = None
+    mass: Array | None = None
 
 
 class Row(NamedTuple):
-    """The divergence; KL(p‖m) and KL(q‖m), of which it is made; and by how much the gap is too small."""
+    """What the classes' gradients need to know of the row.
+
+    value: the divergence.
+    slip: by how much the gap is too small.
+    parts: KL(q‖m) and KL(p‖m), as far as it is made of them.
+    leading, rest: KL(q‖m) in two parts, of which the first is log(q/m) at a class that has nearly all of q.
+    """
 
     value: Array
-    of_teacher: Array
-    of_student: Array
     slip: Array
+    parts: Models[Array | None]
+    leading: Array | None = None
+    rest: Array | None = None
 
 
 def side_of(stats: RowStats, offset: Array | None = None) -> Side:
@@ -85,34 +122,24 @@ def side_of(stats: RowStats, offset: Array | None = None) -> Side:
     return Side(offset, stats.max + log_sum, jnp.exp(-stats.max) * inverse)
 
 
-def compare(
-    logits: Array,
-    teacher_logits: Array,
-    student: Side,
-    teacher: Side,
-    temperature: Array | None = None,
-    slip: Array | None = None,
-) -> Pair:
-    """Of logits `[..., V]`, capped and masked, of all classes or of some. `slip`: of `Row`, for the gradients."""
-    (a, a_error), (b, b_error) = _below(logits, student.max), _below(teacher_logits, teacher.max)
+def compare(logits: Models[Array], sides: Models[Side], temperature: Array | None = None) -> Pair:
+    """Of logits `[..., V]`, capped and masked, not divided, of all classes or of some."""
+    (a, a_error), (b, b_error) = (_below(z, side.max) for z, side in zip(logits, sides, strict=True))
     apart = jnp.where((a == -jnp.inf) & (b == -jnp.inf), 0, (a - b) + (a_error - b_error))
     if temperature is not None:
         a, b, apart = (tempered(x, temperature[..., None], None) for x in (a, b, apart))
-    log_ratio = apart - (student.log_sum - teacher.log_sum)[..., None]
-    if slip is not None:
-        log_ratio = log_ratio - slip[..., None]
     there = b > -jnp.inf
     return Pair(
-        jnp.exp(b) * teacher.inverse[..., None],
-        jnp.exp(a) * student.inverse[..., None],
-        log_ratio,
+        jnp.exp(b) * sides.teacher.inverse[..., None],
+        jnp.exp(a) * sides.student.inverse[..., None],
+        apart - (sides.student.log_sum - sides.teacher.log_sum)[..., None],
         jnp.where(there, b, 0),
         jnp.where(there, apart, a),
     )
 
 
 def _below(z: Array, maximum: Array) -> tuple[Array, Array]:
-    """z − max, and its rounding error (Knuth's), of which neither has a derivative of its own."""
+    """z − max, and its rounding error (Knuth's), which has no derivative."""
     maximum = maximum[..., None]
     d = z - maximum
     fixed, high, largest = (lax.stop_gradient(x) for x in (z, d, maximum))
@@ -122,34 +149,55 @@ def _below(z: Array, maximum: Array) -> tuple[Array, Array]:
 
 
 def sums(of: Divergence, pair: Pair) -> Sums:
-    return Sums(*(jnp.sum(x, -1) for x in (*_by_class(of, pair), lax.stop_gradient(_excess(pair)))))
+    parts = jax.tree.map(_total, _by_class(of, pair))
+    total = Sums(lax.stop_gradient(_total(_excess(pair))), parts)
+    if parts.student is None:
+        return total
+    q, log_ratio = pair.student, _over_mixture(of, pair)
+    # In between a class is in both parts, so that it does not matter how a compiler rounds q for each of the sums.
+    share = jnp.clip((q - 0.6) / 0.15, 0, 1)
+    return total._replace(
+        leading=_total(times(share, log_ratio)),
+        others=_total(times((1 - share) * q, log_ratio)),
+        mass=_total(jnp.where(q > 0.6, 0, q)),
+    )
 
 
 def finish(of: Divergence, total: Sums) -> Row:
     """From the sums over all classes."""
-    slip = jnp.log1p(total.excess)
-    by_kind = {"forward_kl": (1, 0, 1), "reverse_kl": (0, 1, 1), "jsd": (of.beta, 1 - of.beta, of.beta * (1 - of.beta))}
-    teacher, student, curvature = by_kind[of.kind]
-    value = teacher * total.of_teacher + student * total.of_student - curvature * (slip * slip / 2)
-    return Row(jnp.maximum(value, 0), total.of_teacher, total.of_student, slip)
+    slip, rest = jnp.log1p(total.excess), None
+    by_student, by_teacher = of.shares
+
+    def right(part: Array | None, share: float) -> Array | None:
+        return None if part is None else jnp.maximum(part - share * share * (slip * slip / 2), 0)
+
+    parts = Models(right(total.parts.student, by_teacher), right(total.parts.teacher, by_student))
+    if total.leading is not None and total.others is not None and total.mass is not None:
+        rest = total.others - total.leading * total.mass
+    return Row(_joined(of, parts), slip, parts, total.leading, rest)
 
 
-def slopes(of: Divergence, pair: Pair, row: Row) -> tuple[Array, Array]:
-    """The gradient in the student's logits (z − max)/T; and the sum of that and of the gradient in the teacher's.
+def gradient(of: Divergence, pair: Pair, row: Row) -> Array:
+    """In the student's logits, divided by T."""
+    if row.leading is None or row.rest is None:
+        return _excess(_without_slip(pair, row))
+    # Of a class that has nearly all of q, log(q/m) is nearly its mean. And a slip is in all three numbers.
+    distance = (_over_mixture(of, pair) - row.leading[..., None]) - row.rest[..., None]
+    return of.shares.student * times(pair.student, distance)
 
-    The sum is small of itself, as a common change of both models changes little. The gradient in T is −1/T times
-    Σ sum·base + gradient·apart.
+
+def temperature_gradient(of: Divergence, pair: Pair, row: Row, student: Array) -> Array:
+    """That of these classes, times T; `student`: from `gradient`. It adds up as the sums do.
+
+    It is −Σ of what either model's (z − max)/T is times its gradient. Both gradients together are small of themselves,
+    as a common change of both models changes little, so they are taken together.
     """
-    p, q = pair.teacher, pair.student
-    value, of_teacher, of_student = (x[..., None] for x in (row.value, row.of_teacher, row.of_student))
-    term_p, term_q = _by_class(of, pair)
-    if of.kind == "forward_kl":
-        return _excess(pair), term_p - times(p, value)
-    if of.kind == "reverse_kl":
-        return times(q, pair.log_ratio - value), term_q - times(q, value)
-    by_teacher, by_student = of.beta, 1 - of.beta
-    student = by_student * times(q, -_to_mixture(of, pair.log_ratio)[1] - of_student)
-    return student, by_teacher * (term_p - p * of_teacher) + by_student * (term_q - q * of_student)
+    terms, probs = _by_class(of, _without_slip(pair, row)), Models(pair.student, pair.teacher)
+    together = jnp.zeros_like(student)
+    for share, p, term, mean in zip(of.shares, probs, terms, row.parts, strict=True):
+        if term is not None and mean is not None:
+            together = together + share * (term - times(p, mean[..., None]))
+    return -_total(together * pair.base + times(student, pair.apart))
 
 
 def divergence_of_log_probs(of: Divergence, log_q: Array, p: Array, whole: bool = False) -> Array:
@@ -159,16 +207,26 @@ def divergence_of_log_probs(of: Divergence, log_q: Array, p: Array, whole: bool 
     the other. With it both do, and that they are rounded makes no difference.
     """
     p = lax.stop_gradient(p)
-    q, log_p = jnp.exp(log_q), jnp.log(p)
-    log_ratio = jnp.where((log_q == -jnp.inf) & (p == 0), 0, log_q - log_p)
-    pair = Pair(p, q, log_ratio, jnp.zeros_like(p), log_ratio)
+    log_ratio = jnp.where((log_q == -jnp.inf) & (p == 0), 0, log_q - jnp.log(p))
+    pair = Pair(p, jnp.exp(log_q), log_ratio, jnp.zeros_like(p), log_ratio)
     if whole:
         return finish(of, sums(of, pair)).value
-    term_p, term_q = (jnp.sum(x, -1) for x in _by_class(of, pair))
-    if of.kind == "jsd":
-        return of.beta * term_p + (1 - of.beta) * term_q
-    excess = jnp.sum(_excess(pair), -1)
-    return term_p - excess if of.kind == "forward_kl" else term_q + excess
+    excess = _total(_excess(pair))
+    total = _joined(of, jax.tree.map(_total, _by_class(of, pair)))
+    return total + {"forward_kl": -1, "reverse_kl": 1, "jsd": 0}[of.kind] * excess
+
+
+def _total(x: Array) -> Array:
+    return jnp.sum(x, -1)
+
+
+def _joined(of: Divergence, parts: Models[Array | None]) -> Array:
+    there = [share * part for share, part in zip(of.shares, parts, strict=True) if part is not None]
+    return functools.reduce(jnp.add, there)
+
+
+def _without_slip(pair: Pair, row: Row) -> Pair:
+    return pair._replace(log_ratio=pair.log_ratio - row.slip[..., None])
 
 
 def _excess(pair: Pair) -> Array:
@@ -177,16 +235,21 @@ def _excess(pair: Pair) -> Array:
     return jnp.where(near, pair.teacher * jnp.expm1(delta), pair.student - pair.teacher)
 
 
-def _by_class(of: Divergence, pair: Pair) -> tuple[Array, Array]:
-    """The terms of KL(p‖m) and of KL(q‖m), where m is the other distribution unless it is a mixture."""
+def _by_class(of: Divergence, pair: Pair) -> Models[Array | None]:
+    """The terms of KL(q‖m) and of KL(p‖m), as far as the divergence is made of them."""
     p, q, delta = pair.teacher, pair.student, pair.log_ratio
     if of.kind == "forward_kl":
-        return _term(p, delta, q), jnp.zeros_like(q)
+        return Models(None, _term(p, delta, q))
     if of.kind == "reverse_kl":
-        return jnp.zeros_like(p), _term(q, -delta, p)
+        return Models(_term(q, -delta, p), None)
     by_p, by_q = _to_mixture(of, delta)
     m = of.beta * p + (1 - of.beta) * q
-    return _term(p, by_p, m), _term(q, by_q, m)
+    return Models(_term(q, by_q, m), _term(p, by_p, m))
+
+
+def _over_mixture(of: Divergence, pair: Pair) -> Array:
+    """log(q/m)."""
+    return -_to_mixture(of, pair.log_ratio)[1] if of.kind == "jsd" else pair.log_ratio
 
 
 def _to_mixture(of: Divergence, delta: Array) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from jaxce import checks
 
 Reduction = Literal["none", "sum", "mean", "mean_count"]
 Implementation = Literal["xla", "autodiff"]
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
 Mode = Literal["recompute", "store"]
 Platform = Literal["cpu", "tpu", "gpu"]
 Axis = int | tuple[int, ...] | None

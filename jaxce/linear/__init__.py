@@ -7,7 +7,6 @@ import math
 from typing import Any, Generic, Literal, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.lax import PrecisionLike

@@ -164,5 +164,7 @@ def flat(batch: list[int], models: Models, examples: Examples) -> tuple[Models, 
             return x.reshape(1, x.shape[-1])
         return entries(jnp.broadcast_to(x, (*batch, x.shape[-1])))
 
-    flat_models: Models = jax.tree.map(lambda x: x._replace(hidden=entries(x.hidden)), models, is_leaf=lambda x: isinstance(x, Projection))
+    flat_models: Models = jax.tree.map(
+        lambda x: x._replace(hidden=entries(x.hidden)), models, is_leaf=lambda x: isinstance(x, Projection)
+    )
     return flat_models, examples.by_kind(row, entries, classes)

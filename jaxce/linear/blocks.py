@@ -19,6 +19,7 @@ from jaxce.sharding import AxisNames, sum_over, vary, varying
 from jaxce.stats import matmul_dtype, working_dtype
 
 State = TypeVar("State")
+Own = TypeVar("Own")  # what differs by platform
 
 
 class Schedule(NamedTuple):
@@ -39,7 +40,7 @@ class Schedule(NamedTuple):
 Schedules = tuple[Schedule, Schedule, Schedule]
 
 
-def by_platform(schedules: Schedules, compute: Callable[..., Any], *args: Any) -> Any:
+def by_platform(schedules: tuple[Own, Own, Own], compute: Callable[..., Any], *args: Any) -> Any:
     """`compute(schedule, *args)`, with the schedule of the platform that is compiled for."""
     cpu, tpu, default = schedules
     own = {"cpu": cpu, "tpu": tpu}

@@ -26,22 +26,22 @@ from jaxce.compose import Counts, compose, mean_divisor, who_counts
 from jaxce.distillation import (
     Distillation,
     Factors,
-    Models,
     Record,
     checked_distillation,
     factors,
-    gradient,
+    gradient_of_classes,
     loss_of_models,
     record_of,
+    sums_of_classes,
 )
-from jaxce.divergence import Side, Sums, compare, side_of, sums
+from jaxce.divergence import Models, Side, Sums, side_of
 from jaxce.linear import VocabAxis, blocks, costs, mesh
 from jaxce.linear.arguments import check_mode, flat, without_unused
 from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, take
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import explicit_mesh, shard_count, sum_over, vary, varying
 from jaxce.stats import RowStats, Terms, finite, matmul_dtype, merge, merge_shards, times, working_dtype
-from jaxce.sums import Rows, effective, row_stats
+from jaxce.sums import Rows, row_stats
 from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mode, Reduction, takes_variables
 
 _KEPT = 2**24  # logits of each model in a block of tokens that keeps them
@@ -61,34 +61,30 @@ Plans = tuple[Plan, Plan, Plan]  # for "cpu", "tpu" and every other platform
 class Tokens(NamedTuple):
     """A `Projection` for each model, with hidden states `[N, D]`; of `examples` the mask and the temperature."""
 
-    models: Models
+    models: Models[Projection]
     examples: Examples
 
 
-class Kept(NamedTuple):
-    """Logits `[N, V]` of a block of tokens."""
-
-    student: Array
-    teacher: Array
-
-
 Gradients = tuple[Projection, Array | None]  # of the student, and in the temperature
+_Forward = tuple[Models[RowStats], Models[Array] | None]  # records, and the logits that are kept
 
 
-def _forward(plan: Plan, of: Distillation, tokens: Tokens, keep: bool = False) -> tuple[Array, Record, Kept | None]:
+def _forward(
+    plan: Plan, of: Distillation, tokens: Tokens, keep: bool = False
+) -> tuple[Array, Record, Models[Array] | None]:
     """The divergence of each row, its record, and if asked for the logits."""
     models, examples = tokens
     dtype, n, V = _working(models), *_shape(plan, models)
     every = varying(tokens)
     none = RowStats(jnp.full(n, -jnp.inf, dtype), jnp.full(n, -1, dtype))
-    kept = Kept(*(lax.empty((n, V), dtype) for _ in models)) if keep else None
+    kept = Models(*(lax.empty((n, V), dtype) for _ in models)) if keep else None
     temperature = None if examples.temperature is None else examples.temperature[:, None]
 
-    def first(start: Any, size: int, state: tuple[Models, Kept | None]) -> tuple[Models, Kept | None]:
+    def first(start: Any, size: int, state: _Forward) -> _Forward:
         before, all_logits = state
         both, where = _logits(plan, tokens, start, size), _part(examples, start, size).where
         if all_logits is not None:
-            all_logits = Kept(*(put(whole, z, start, 1) for whole, z in zip(all_logits, both, strict=True)))
+            all_logits = Models(*(put(whole, z, start, 1) for whole, z in zip(all_logits, both, strict=True)))
         stats = [
             merge(one, row_stats(options, Rows(z, where=where, temperature=temperature)))
             for one, options, z in zip(before, of.of_models, both, strict=True)
@@ -96,17 +92,17 @@ def _forward(plan: Plan, of: Distillation, tokens: Tokens, keep: bool = False) -
         return Models(*stats), all_logits
 
     stats, kept = over_blocks(V, plan.student.forward_v, first, vary((Models(none, none), kept), every))
-    student, teacher = (_side(merge_shards(s, of.options.axis_name), examples.temperature) for s in stats)
-    sides, sound = Models(student[0], teacher[0]), student[1] & teacher[1]
+    found = [_side(merge_shards(s, of.options.axis_name), examples.temperature) for s in stats]
+    sides, sound = Models(found[0][0], found[1][0]), found[0][1] & found[1][1]
 
     def second(start: Any, size: int, total: Sums) -> Sums:
         both, part = _logits(plan, tokens, start, size, kept), _part(examples, start, size)
-        seen = (effective(o, Rows(z, where=part.where)) for o, z in zip(of.of_models, both, strict=True))
-        new = sums(of.divergence, compare(*seen, *sides, examples.temperature))
-        return Sums(*(a + b for a, b in zip(total, new, strict=True)))
+        added: Sums = jax.tree.map(jnp.add, total, sums_of_classes(of, both, part, sides, sound))
+        return added
 
-    zero = jnp.zeros(n, dtype)
-    total = over_blocks(V, plan.student.forward_v, second, vary(Sums(zero, zero, zero), every))
+    of_none = Models(*(jnp.zeros((n, 0), dtype) for _ in models))
+    total = sums_of_classes(of, of_none, examples._replace(where=None), sides, sound)
+    total = over_blocks(V, plan.student.forward_v, second, vary(total, every))
     return *record_of(of, sides, sound, sum_over(total, of.options.axis_name)), kept
 
 
@@ -124,7 +120,7 @@ def _backward(
     of: Distillation,
     tokens: Tokens,
     of_rows: Factors,
-    kept: Kept | None = None,
+    kept: Models[Array] | None = None,
     sums: tuple[Array, Array | None] | None = None,
 ) -> Gradients:
     """With `sums`, of kernel and bias, which tokens share, theirs are added to them."""
@@ -135,7 +131,7 @@ def _backward(
     def block(start: Any, size: int, state: tuple[Array, Array, Array | None, Array | None]) -> Any:
         of_hidden, of_kernel, of_bias, of_temperature = state
         both = _logits(plan, tokens, start, size, kept)
-        dz, dtemperature = gradient(of, Models(*both), _part(tokens.examples, start, size), of_rows)
+        dz, dtemperature = gradient_of_classes(of, both, _part(tokens.examples, start, size), of_rows)
         part = take(kernel, start, size, schedule.vocab_axis)
         dhidden, dkernel = gradients(dz, hidden, part, schedule, hidden_t)
 
@@ -165,11 +161,11 @@ def _backward(
     return Projection(whole(dhidden, hidden), dkernel, dbias), dtemperature
 
 
-def _working(models: Models) -> jnp.dtype:
+def _working(models: Models[Projection]) -> jnp.dtype:
     return jnp.promote_types(*(working_dtype(matmul_dtype(m.hidden.dtype, m.kernel.dtype)) for m in models))
 
 
-def _shape(plan: Plan, models: Models) -> tuple[int, int]:
+def _shape(plan: Plan, models: Models[Projection]) -> tuple[int, int]:
     """Tokens and classes."""
     return models.student.hidden.shape[0], models.student.kernel.shape[plan.student.vocab_axis]
 
@@ -178,17 +174,17 @@ def _part(examples: Examples, start: Any, size: int) -> Examples:
     return examples._replace(where=None if examples.where is None else take(examples.where, start, size, -1))
 
 
-def _logits(plan: Plan, tokens: Tokens, start: Any, size: int, kept: Kept | None = None) -> list[Array]:
+def _logits(plan: Plan, tokens: Tokens, start: Any, size: int, kept: Models[Array] | None = None) -> Models[Array]:
     """Of `size` classes from `start` on, of both models."""
     if kept is not None:
-        return [take(z, start, size, 1) for z in kept]
+        return Models(*(take(z, start, size, 1) for z in kept))
 
     def of_model(schedule: Schedule, model: Projection) -> Array:
         part = lax.optimization_barrier(take(model.kernel, start, size, schedule.vocab_axis))
         bias = None if model.bias is None else take(model.bias, start, size, 0)
         return logits(model.hidden, part, bias, schedule).astype(_working(tokens.models))
 
-    return [of_model(schedule, model) for schedule, model in zip(plan, tokens.models, strict=True)]
+    return Models(*(of_model(schedule, model) for schedule, model in zip(plan, tokens.models, strict=True)))
 
 
 # --- "recompute" ----------------------------------------------------------------------------------------------------
@@ -217,7 +213,7 @@ def _divergences_bwd(plans: Plans, of: Distillation, residuals: tuple[Tokens, Re
 
 def _rounded(grads: Gradients, tokens: Tokens) -> Tokens:
     student = jax.tree.map(lambda g, x: g.astype(x.dtype), grads[0], tokens.models.student)
-    return Tokens(Models(student, None), Examples(temperature=grads[1]))
+    return Tokens(cast(Any, Models(student, None)), Examples(temperature=grads[1]))
 
 
 _divergences.defvjp(_divergences_fwd, _divergences_bwd)
@@ -238,7 +234,8 @@ def _weighted_sum(plans: Plans, of: Distillation, tokens: Tokens, weights: Array
         zero = vary(jnp.zeros((), weights.dtype), varying(tokens, weights) - set(of.options.axis_name))
         return over_blocks(len(weights), plan.student.block_n, block, zero)
 
-    return by_platform(plans, forward, tokens, weights)
+    total: Array = by_platform(plans, forward, tokens, weights)
+    return total
 
 
 def _weighted_sum_fwd(
@@ -327,8 +324,8 @@ def linear_distillation_loss(
 
     .. math:: \mathrm{distillation\_loss}(h W + b,\ g U + a, \ldots)
 
-    in value and in every gradient. Logits exist one block at a time, in float32; two language models with N tokens and V
-    classes need no memory that grows with N·V. The teacher is a constant: its gradients are 0.
+    in value and in every gradient. Logits exist one block at a time, in float32; two language models with N tokens and
+    V classes need no memory that grows with N·V. The teacher is a constant: its gradients are 0.
 
     Args:
       hidden: the student's, floats `[..., D]`.
@@ -424,7 +421,7 @@ def _checked(
     mode: Any,
     precision: Any,
     **options: Any,
-) -> tuple[Models, Examples, Distillation, Plans]:
+) -> tuple[Models[Projection], Examples, Distillation, Plans]:
     student = _projection("", hidden, kernel, bias, vocab_axis)
     teacher = _projection("teacher_", teacher_hidden, teacher_kernel, teacher_bias, teacher_vocab_axis)
     vocab_axes = vocab_axis % 2, teacher_vocab_axis % 2
@@ -471,7 +468,7 @@ def _plans(N: Any, D: int, V: int, vocab_axes: tuple[int, int], precision: Any, 
 
 
 @functools.partial(jax.jit, static_argnames=("of", "plans"))
-def _loss(models: Models, examples: Examples, *, of: Distillation, plans: Plans) -> Array:
+def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, plans: Plans) -> Array:
     *batch, _ = models.student.hidden.shape
     V, options = models.student.kernel.shape[plans[0].student.vocab_axis], of.options
     classes = blocks.participating(examples.where, (*batch, V), plans[0].student.forward_v, options.axis_name)
@@ -488,7 +485,14 @@ def _loss(models: Models, examples: Examples, *, of: Distillation, plans: Plans)
     tokens = reverse_mode_only(tokens)
     if not plans[0].student.block_n:
         value = _divergences(plans, of, tokens).reshape(batch)
-        given = options, Terms(jnp.zeros_like(value), value), examples, Shared(), counts, V * shard_count(options.axis_name)
+        given = (
+            options,
+            Terms(jnp.zeros_like(value), value),
+            examples,
+            Shared(),
+            counts,
+            V * shard_count(options.axis_name),
+        )
         return cast(Array, compose(*given))
     divisor, nothing = jnp.ones((), like.dtype), jnp.zeros((), jnp.bool_)
     if options.reduction != "sum":
@@ -498,8 +502,8 @@ def _loss(models: Models, examples: Examples, *, of: Distillation, plans: Plans)
 
 
 def _varied(
-    options: Options, models: Models, examples: Examples, counts: Counts
-) -> tuple[Models, Examples, Counts]:
+    options: Options, models: Models[Projection], examples: Examples, counts: Counts
+) -> tuple[Models[Projection], Examples, Counts]:
     """What has a class axis differs along every mesh axis in play, and the rest along those of the tokens."""
     rows = varying(models, examples) - set(options.axis_name)
     of_rows, of_classes = (functools.partial(vary, axes=axes) for axes in (rows, rows | set(options.axis_name)))
