@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Shared, checked_options
 from jaxce.autodiff import log_sum_exp
-from jaxce.compose import compose, who_counts
+from jaxce.compose import Counts, compose, who_counts
 from jaxce.divergence import (
     KINDS,
     Divergence,
@@ -26,6 +26,7 @@ from jaxce.divergence import (
     Sums,
     compare,
     divergence_of,
+    divergence_of_log_probs,
     finish,
     gradient,
     side_of,
@@ -33,12 +34,14 @@ from jaxce.divergence import (
     temperature_gradient,
 )
 from jaxce.layout import class_count, classes_last, sharded_alike
+from jaxce.log_probabilities import LogProbsAux, log_probs
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import mask_like, shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finite, merge_shards, tempered, working_dtype
 from jaxce.sums import Rows, effective, row_stats
-from jaxce.types import ArrayLike, Axis, AxisName, DivergenceName, Implementation, Reduction, takes_variables
+from jaxce.targets import SparseTargets, Targets, class_indices
+from jaxce.types import ArrayLike, Axis, AxisName, DivergenceName, Implementation, Reduction, array_of, takes_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Distillation:
 @takes_variables
 def distillation_loss(
     logits: ArrayLike,
-    teacher_logits: ArrayLike,
+    teacher_logits: Targets,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     *,
@@ -71,6 +74,7 @@ def distillation_loss(
     axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
     implementation: Implementation | None = None,
+    tail: bool = True,
 ) -> Array:
     r"""The divergence between a student's distribution and its teacher's, both given as logits.
 
@@ -89,7 +93,8 @@ def distillation_loss(
     Args:
       logits: the student's, floats of 8 to 64 bits, `[..., V]`; the class axis may be anywhere, see `axis`. −inf means
         probability 0.
-      teacher_logits: the teacher's, floats of any such dtype, of the shape of logits.
+      teacher_logits: the teacher's, floats of any such dtype, of the shape of logits; or, of a teacher of whom no more
+        is known than its K most likely classes, `jaxce.SparseTargets` with their probabilities, taken as they are.
       axis: the class axis. A tuple of axes makes them one class axis; None means all axes.
       where: bools that broadcast to the shape of logits: the classes that take part, in both models. Of the batch
         shape: the examples that take part.
@@ -112,6 +117,8 @@ def distillation_loss(
         all of them: the same number on every device.
       implementation: `"xla"` (the default) has a hand-written reverse-mode rule, which itself can be differentiated;
         `"autodiff"` is the same loss in plain JAX, for forward mode (jvp, jacfwd, linearize).
+      tail: for a teacher of K classes: whether what their probabilities leave, 1 − Σ p, is one more class, beside the
+        student's probability of all the others. False: the others have probability 0 for the teacher.
 
     Returns:
       The loss in nats, float64 if either model's logits are and float32 otherwise. KL(p‖q) is +inf where a class has
@@ -134,30 +141,31 @@ def distillation_loss(
       Hinton et al., "Distilling the Knowledge in a Neural Network", 2015. The generalised Jensen-Shannon divergence:
       Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", 2024.
     """
-    logits, teacher_logits = (
-        checks.float_array(name, x) for name, x in (("logits", logits), ("teacher_logits", teacher_logits))
-    )
+    logits = checks.float_array("logits", logits)
+    axes = checks.class_axes(axis, logits.ndim)
+    checks.num_classes("logits", math.prod(logits.shape[i] for i in axes))
+    options: dict[str, Any] = {
+        "divergence": divergence,
+        "beta": beta,
+        "teacher_logit_softcap": teacher_logit_softcap,
+        "where": where,
+        "weights": weights,
+        "logit_softcap": logit_softcap,
+        "temperature": temperature,
+        "reduction": reduction,
+        "axis_name": axis_name,
+        "batch_axis_name": batch_axis_name,
+        "implementation": implementation,
+    }
+    checks.one_of("tail", tail, (False, True))
+    if isinstance(teacher_logits, SparseTargets):
+        of_student = functools.partial(log_probs, logits, axis=axis)
+        return top_k_loss(of_student, "teacher_logits", teacher_logits, tail, logits.shape, axes, logits.dtype, options)
+    teacher_logits = checks.float_array("teacher_logits", teacher_logits)
     if teacher_logits.shape != logits.shape:
         expected = f"the shape of logits, {logits.shape}"
         checks.fail(ValueError, "teacher_logits", expected, checks.describe(teacher_logits))
-    axes = checks.class_axes(axis, logits.ndim)
-    checks.num_classes("logits", math.prod(logits.shape[i] for i in axes))
-    examples, constants = checked_distillation(
-        logits.shape,
-        axes,
-        _joint_dtype(logits, teacher_logits),
-        divergence=divergence,
-        beta=beta,
-        teacher_logit_softcap=teacher_logit_softcap,
-        where=where,
-        weights=weights,
-        logit_softcap=logit_softcap,
-        temperature=temperature,
-        reduction=reduction,
-        axis_name=axis_name,
-        batch_axis_name=batch_axis_name,
-        implementation=implementation,
-    )
+    examples, constants = checked_distillation(logits.shape, axes, _joint_dtype(logits, teacher_logits), **options)
     for name, x in (("logits", logits), ("teacher_logits", teacher_logits)):
         checks.split_over(name, x, constants.options.axis_name, "classes")
         checks.split_over(name, x, constants.options.batch_axis_name, "examples")
@@ -253,6 +261,87 @@ def _effective(of: Distillation, models: Models[Array], examples: Examples, kept
     pairs = zip(of.of_models, models, strict=True)
     z = (effective(options, Rows(x.astype(dtype), where=examples.where)) for options, x in pairs)
     return Models(*(x if kept is None else _zero_unless(kept, x) for x in z))
+
+
+# --- a teacher of K classes -----------------------------------------------------------------------------------------
+
+_MOST = 1.01  # what probabilities may sum to by rounding
+
+
+def top_k_loss(
+    log_probs_of: Callable[..., tuple[Array, LogProbsAux]],
+    name: str,
+    teacher: SparseTargets,
+    tail: bool,
+    full: tuple[int, ...],
+    class_axes: Sequence[int],
+    dtype: DTypeLike,
+    options: dict[str, Any],
+) -> Array:
+    """The loss beside a teacher's probabilities of K classes, from a student's log-probabilities of ids and their rest.
+
+    `full` and `class_axes` are those of the student's logits, whose dtype it is.
+    """
+    batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
+    indices, _ = class_indices(f"{name}.indices", array_of(teacher.indices), None)
+    checks.indices(f"{name}.indices", indices, batch, full, sparse=True)
+    probs = checks.float_array(f"{name}.probs", array_of(teacher.probs))
+    checks.probabilities(f"{name}.probs", probs, indices.shape)
+    if options["teacher_logit_softcap"] is not None:
+        given = repr(options["teacher_logit_softcap"])
+        checks.fail(ValueError, "teacher_logit_softcap", "None beside a teacher's probabilities", given)
+    examples, of = checked_distillation(full, class_axes, dtype, **options)
+    classes = None
+    if examples.where is not None:
+        count = jnp.sum(examples.where, tuple(class_axes), dtype=jnp.int32)
+        classes = sum_over(jnp.broadcast_to(count, batch), of.options.axis_name)
+    probs = probs.astype(working_dtype(dtype))
+    counts = who_counts(of.options, examples, Shared(), jnp.sum(probs, -1), classes)
+    # Entries of probability 0 count for nothing, whatever their index.
+    idle = counts.unused[..., None] | (probs == 0)
+    ids = jnp.where(idle, jnp.full_like(indices, _IDLE), jnp.maximum(indices, -1))
+    kept = "where", "logit_softcap", "temperature", "axis_name", "implementation"
+    log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **{name: options[name] for name in kept})
+    loss: Array = _of_top_k(ids, probs, log_q, aux.tail, examples, counts, of=of, tail=tail)
+    return loss
+
+
+_IDLE = -2  # no class, and not the number of other indices that are none
+
+
+@functools.partial(jax.jit, static_argnames=("of", "tail"))
+def _of_top_k(
+    ids: Array,
+    p: Array,
+    log_q: Array,
+    log_rest: Array,
+    examples: Examples,
+    counts: Counts,
+    *,
+    of: Distillation,
+    tail: bool,
+) -> Array:
+    idle, unused = ids == _IDLE, counts.unused
+    same = (ids[..., :, None] == ids[..., None, :]) & ~idle[..., None]
+    first = ~jnp.any(jnp.tril(same, -1), -1) & ~idle
+    p = jnp.where(idle, 0, p)
+    p = jnp.where(first, jnp.sum(jnp.where(same, p[..., None, :], 0), -1), 0)  # of the same class given twice
+    log_q = jnp.where(first | jnp.isnan(log_q), log_q, -jnp.inf)
+    mass = jnp.sum(p, -1)
+    rest = jnp.maximum(_left_of_one(p), 0) if tail else jnp.zeros_like(mass)
+    rest = jnp.where(mass > _MOST, jnp.nan, rest) if tail else rest
+    log_rest = jnp.where(unused, 0, log_rest)
+    p, log_q = (jnp.concatenate([x, y[..., None]], -1) for x, y in ((p, rest), (log_q, log_rest)))
+    value = divergence_of_log_probs(of.divergence, log_q, p, whole=tail)
+    terms = Terms(jnp.zeros_like(value), value)
+    return cast(Array, compose(of.options, terms, examples, Shared(), counts, p.shape[-1]))
+
+
+def _left_of_one(p: Array) -> Array:
+    """1 − Σ p, whose digits a sum of nearly 1 would have lost: of their halves, which add up exactly."""
+    scale = 2.0 ** (jnp.finfo(p.dtype).nmant // 2 + 1)
+    high = jnp.round(p * scale) / scale
+    return (1 - jnp.sum(high, -1)) - jnp.sum(p - high, -1)
 
 
 # --- of all classes of a row, or of some -----------------------------------------------------------------------------

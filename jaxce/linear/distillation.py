@@ -33,15 +33,18 @@ from jaxce.distillation import (
     loss_of_models,
     record_of,
     sums_of_classes,
+    top_k_loss,
 )
 from jaxce.divergence import Models, Side, Sums, side_of
 from jaxce.linear import VocabAxis, blocks, costs, mesh
 from jaxce.linear.arguments import check_mode, flat, without_unused
 from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, take
+from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import explicit_mesh, shard_count, sum_over, vary, varying
 from jaxce.stats import RowStats, Terms, finite, matmul_dtype, merge, merge_shards, times, working_dtype
 from jaxce.sums import Rows, row_stats
+from jaxce.targets import SparseTargets, Targets
 from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mode, Reduction, takes_variables
 
 _KEPT = 2**24  # logits of each model in a block of tokens that keeps them
@@ -297,8 +300,8 @@ def _rows(tree: Any, start: Any, size: int) -> Any:
 def linear_distillation_loss(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    teacher_hidden: ArrayLike,
-    teacher_kernel: ArrayLike,
+    teacher_hidden: Targets,
+    teacher_kernel: ArrayLike | None = None,
     *,
     bias: ArrayLike | None = None,
     teacher_bias: ArrayLike | None = None,
@@ -317,6 +320,7 @@ def linear_distillation_loss(
     implementation: Implementation | None = None,
     mode: Mode | None = None,
     precision: PrecisionLike = None,
+    tail: bool = True,
 ) -> Array:
     r"""The divergence between a student and its teacher from the hidden states of both, without the logits of either.
 
@@ -330,7 +334,8 @@ def linear_distillation_loss(
     Args:
       hidden: the student's, floats `[..., D]`.
       kernel: the student's, floats `[D, V]`; or `[V, D]`, such as a tied embedding table, with `vocab_axis=0`.
-      teacher_hidden: floats `[..., E]`, of as many tokens; E need not be D.
+      teacher_hidden: floats `[..., E]`, of as many tokens; E need not be D. Or, of a teacher of whom no more is known
+        than its K most likely classes, `jaxce.SparseTargets` with their probabilities, and no kernel.
       teacher_kernel: floats `[E, V]`, or `[V, E]`.
       bias, teacher_bias: floats `[V]`.
       vocab_axis: which axis of the kernel has the classes.
@@ -350,6 +355,7 @@ def linear_distillation_loss(
         logits of one block of tokens with the whole vocabulary. `"recompute"` goes through blocks of the vocabulary,
         computes the logits of both models three times, and keeps a few numbers per token. None: "store" for one number.
       precision: of the matmuls, as in `jax.lax.dot_general`.
+      tail: for a teacher of K classes, as in `jaxce.distillation_loss`.
 
     Returns:
       The loss in nats, float64 if an array of either model is and float32 otherwise. Gradients have the dtype of their
@@ -393,11 +399,37 @@ def linear_distillation_loss(
         "mode": mode,
         "precision": precision,
     }
+    checks.one_of("tail", tail, (False, True))
+    if isinstance(teacher_hidden, SparseTargets):
+        return _of_top_k(tail, arguments)
+    if teacher_kernel is None:
+        hint = "Only a teacher's probabilities, jaxce.SparseTargets, come without one."
+        checks.fail(TypeError, "teacher_kernel", "floats [E, V]", "None", hint)
     if (explicit := explicit_mesh(hidden, kernel)) is not None:
         mesh.no_axis_names(arguments)
         _checked(**arguments)
         return mesh.over_mesh(_checked_loss, explicit, arguments)
     return _checked_loss(**arguments)
+
+
+def _of_top_k(tail: bool, arguments: dict[str, Any]) -> Array:
+    for name in "teacher_kernel", "teacher_bias":
+        if arguments[name] is not None:
+            checks.fail(ValueError, name, "None beside a teacher's probabilities", checks.describe(arguments[name]))
+    if arguments["mode"] == "store":
+        hint = "Leave it out: the log-probabilities of the teacher's classes take mode 'recompute'."
+        checks.fail(ValueError, "mode", "None or 'recompute' beside a teacher's probabilities", "'store'", hint)
+    student = _projection("", *(arguments[name] for name in ("hidden", "kernel", "bias", "vocab_axis")))
+    own = {name: arguments[name] for name in ("vocab_axis", "bias", "mode", "precision")}
+    of_student = functools.partial(linear_log_probs, student.hidden, student.kernel, **own)
+    *batch, _ = student.hidden.shape
+    full = (*batch, student.kernel.shape[arguments["vocab_axis"] % 2])
+    kept = {name: x for name, x in arguments.items() if name not in {*own, *_OF_MODELS}}
+    dtype = matmul_dtype(student.hidden.dtype, student.kernel.dtype)
+    return top_k_loss(of_student, "teacher_hidden", arguments["teacher_hidden"], tail, full, (len(batch),), dtype, kept)
+
+
+_OF_MODELS = ("hidden", "kernel", "teacher_hidden", "teacher_kernel", "teacher_bias", "teacher_vocab_axis")
 
 
 def _checked_loss(**arguments: Any) -> Array:
