@@ -168,7 +168,7 @@ def distillation_loss(
 
 
 def _joint_dtype(logits: Array, teacher_logits: Array) -> jnp.dtype:
-    return jnp.promote_types(working_dtype(logits.dtype), working_dtype(teacher_logits.dtype))
+    return max(working_dtype(logits.dtype), working_dtype(teacher_logits.dtype), key=lambda dtype: dtype.itemsize)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "of"))
