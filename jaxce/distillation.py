@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def distillation_loss(
     teacher_options = dataclasses.replace(options, logit_softcap=teacher_logit_softcap)
     constants = Distillation(divergence_of(divergence, float(beta)), options, teacher_options)
     # The teacher goes where probability targets would: it has their shape, and moves and is sharded as they are.
-    result: Array = _loss(logits, examples._replace(probs=jnp.asarray(teacher_logits)), axes=axes, of=constants)
+    result: Array = _loss(logits, examples._replace(probs=teacher_logits), axes=axes, of=constants)
     return result
 
 
@@ -178,7 +178,7 @@ def _loss(logits: Array, examples: Examples, *, axes: tuple[int, ...], of: Disti
     options, names = of.options, of.options.axis_name
     assert examples.probs is not None
     dtype, where, V = _joint_dtype(logits, examples.probs), examples.where, logits.shape[-1]
-    models = Models(logits, lax.stop_gradient(examples.probs))
+    models = Models(logits, examples.probs)
     classes = None if where is None else sum_over(class_count(where, logits.shape), names)
     if options.implementation == "autodiff":
         # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
@@ -194,7 +194,9 @@ def _loss(logits: Array, examples: Examples, *, axes: tuple[int, ...], of: Disti
     if options.implementation == "autodiff":
         value = _plain(of, *rows)
     else:
-        value = row_divergence(of, *cast(Any, reverse_mode_only(rows)))
+        models, rest = rows
+        student, rest = reverse_mode_only((models.student, rest))
+        value = row_divergence(of, models._replace(student=student), rest)
     counts = who_counts(options, examples, Shared(), value, classes)
     terms = Terms(jnp.zeros_like(value), value)
     return cast(Array, compose(options, terms, examples, Shared(), counts, V * shard_count(names)))
@@ -229,7 +231,7 @@ def _row(of: Distillation, z: Models[Array], sides: Models[Side], examples: Exam
 
 def _effective(of: Distillation, models: Models[Array], examples: Examples, kept: Array | None = None) -> Models[Array]:
     """Capped and masked, but not divided; 0 in rows that are not to be kept."""
-    dtype = _joint_dtype(*models)
+    dtype, models = _joint_dtype(*models), models._replace(teacher=lax.stop_gradient(models.teacher))
     pairs = zip(of.of_models, models, strict=True)
     z = (effective(options, Rows(x.astype(dtype), where=examples.where)) for options, x in pairs)
     return Models(*(x if kept is None else _zero_unless(kept, x) for x in z))
@@ -258,7 +260,7 @@ class _Rows(NamedTuple):
 
 
 def _forward(of: Distillation, models: Models[Array], examples: Examples) -> tuple[Array, _Rows]:
-    dtype = _joint_dtype(*models)
+    dtype, models = _joint_dtype(*models), models._replace(teacher=lax.stop_gradient(models.teacher))
     records = [_side(options, x, examples, dtype) for options, x in zip(of.of_models, models, strict=True)]
     sound = records[0][1] & records[1][1]
     sides = Models(*(side for side, _ in records))
