@@ -134,8 +134,9 @@ def distillation_loss(
       >>> logits, teacher_logits = jnp.array([[2.0, 0.5, 0.1]]), jnp.array([[2.5, 0.2, 0.4]])
       >>> print(jaxce.distillation_loss(logits, teacher_logits, temperature=2.0))
       [0.01233179]
-      >>> print(jaxce.distillation_loss(logits, teacher_logits, divergence="jsd", beta=0.1, reduction="mean"))
-      0.0027465713
+      >>> jsd = jaxce.distillation_loss(logits, teacher_logits, divergence="jsd", beta=0.1, reduction="mean")
+      >>> print(f"{jsd:.6f}")
+      0.002747
 
     Note:
       Hinton et al., "Distilling the Knowledge in a Neural Network", 2015. The generalised Jensen-Shannon divergence:
@@ -170,7 +171,7 @@ def distillation_loss(
         checks.split_over(name, x, constants.options.axis_name, "classes")
         checks.split_over(name, x, constants.options.batch_axis_name, "examples")
     # The teacher goes where probability targets would: it has their shape, and moves and is sharded as they are.
-    result: Array = _loss(logits, examples._replace(probs=jnp.asarray(teacher_logits)), axes=axes, of=constants)
+    result: Array = _loss(logits, examples._replace(probs=teacher_logits), axes=axes, of=constants)
     return result
 
 
@@ -196,7 +197,7 @@ def checked_distillation(
 
 
 def _joint_dtype(logits: Array, teacher_logits: Array) -> jnp.dtype:
-    return jnp.promote_types(working_dtype(logits.dtype), working_dtype(teacher_logits.dtype))
+    return max(working_dtype(logits.dtype), working_dtype(teacher_logits.dtype), key=lambda dtype: dtype.itemsize)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "of"))
@@ -204,7 +205,7 @@ def _loss(logits: Array, examples: Examples, *, axes: tuple[int, ...], of: Disti
     examples, _ = sharded_alike(logits, examples, Shared(), axes)
     logits, examples = classes_last(logits, examples, axes)
     assert examples.probs is not None
-    return loss_of_models(of, Models(logits, lax.stop_gradient(examples.probs)), examples._replace(probs=None))
+    return loss_of_models(of, Models(logits, examples.probs), examples._replace(probs=None))
 
 
 def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) -> Array:
@@ -226,7 +227,9 @@ def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) 
     if options.implementation == "autodiff":
         value = _plain(of, *rows)
     else:
-        value = row_divergence(of, *cast(Any, reverse_mode_only(rows)))
+        models, rest = rows
+        student, rest = reverse_mode_only((models.student, rest))
+        value = row_divergence(of, models._replace(student=student), rest)
     counts = who_counts(options, examples, Shared(), value, classes)
     terms = Terms(jnp.zeros_like(value), value)
     return cast(Array, compose(options, terms, examples, Shared(), counts, V * shard_count(names)))
@@ -257,7 +260,7 @@ def _plain(of: Distillation, models: Models[Array], examples: Examples) -> Array
 
 def _effective(of: Distillation, models: Models[Array], examples: Examples, kept: Array | None = None) -> Models[Array]:
     """Capped and masked, but not divided; 0 in rows that are not to be kept."""
-    dtype = _joint_dtype(*models)
+    dtype, models = _joint_dtype(*models), models._replace(teacher=lax.stop_gradient(models.teacher))
     pairs = zip(of.of_models, models, strict=True)
     z = (effective(options, Rows(x.astype(dtype), where=examples.where)) for options, x in pairs)
     return Models(*(x if kept is None else _zero_unless(kept, x) for x in z))
@@ -426,7 +429,7 @@ def row_divergence(of: Distillation, models: Models[Array], examples: Examples) 
 
 
 def _forward(of: Distillation, models: Models[Array], examples: Examples) -> tuple[Array, Record]:
-    dtype = _joint_dtype(*models)
+    dtype, models = _joint_dtype(*models), models._replace(teacher=lax.stop_gradient(models.teacher))
     records = [_side(options, x, examples, dtype) for options, x in zip(of.of_models, models, strict=True)]
     sound = records[0][1] & records[1][1]
     sides = Models(*(side for side, _ in records))

@@ -29,8 +29,8 @@ def reverse_mode_only(tree: Tree) -> Tree:
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:
     hint = (
-        "Pass implementation='autodiff' to softmax_cross_entropy or linear_cross_entropy: the default has a rule for "
-        "reverse mode alone, grad, vjp, jacrev, hessian, and jvp of grad."
+        "Pass implementation='autodiff' to the loss: the default has a rule for reverse mode alone, grad, vjp, jacrev, "
+        "hessian, and jvp of grad."
     )
     expected = "'autodiff' for forward mode (jvp, jacfwd, linearize)"
     checks.fail(TypeError, "implementation", expected, "the default, 'xla'", hint)

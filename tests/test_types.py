@@ -68,6 +68,7 @@ def calls():
         "probabilities": (jaxce.softmax_cross_entropy, (logits, probs), {"z_loss": jnp.float32(0.1)}),
         "integer": (jaxce.softmax_cross_entropy_with_integer_labels, (logits, labels), {}),
         "given probabilities": (jaxce.cross_entropy_from_probs, (probs, labels), {"weights": weights}),
+        "distillation": (jaxce.distillation_loss, (logits, -logits), {"weights": weights, "temperature": weights + 1}),
         "linear": (jaxce.linear_cross_entropy, (hidden, kernel, labels), options | {"bias": by_class}),
         "sparse": (jaxce.linear_cross_entropy, (hidden, kernel, sparse), {"mode": "store", "reduction": "mean"}),
         "log_probs": (jaxce.log_probs, (logits, labels), {"temperature": weights + 1}),

@@ -49,6 +49,9 @@ def dense(aux: bool) -> None:
     assert_type(loss + record.entropy, jax.Array)
     assert_type(jaxce.softmax_cross_entropy_with_integer_labels(logits, labels), jax.Array)
     assert_type(jaxce.cross_entropy_from_probs(logits, labels, reduction="sum"), jax.Array)
+    assert_type(
+        jaxce.distillation_loss(logits, np.zeros((4, 10)), divergence="jsd", beta=0.1, weights=labels), jax.Array
+    )
 
 
 def linear(aux: bool) -> None:

@@ -21,6 +21,8 @@ print(jaxce.softmax_cross_entropy(logits, labels)[1].entropy)  # wrong: no tuple
 jaxce.softmax_cross_entropy(logits, labels, ignore_index=1.5)  # wrong: not an int
 jaxce.softmax_cross_entropy_with_integer_labels(logits, jaxce.SparseTargets(labels, logits))  # wrong: not labels
 jaxce.cross_entropy_from_probs(logits, labels, z_loss=0.1)  # wrong: there are no logits
+jaxce.distillation_loss(logits, logits, divergence="kl")  # wrong: no such divergence
+jaxce.distillation_loss(logits, logits, beta=logits)  # wrong: a constant of the program
 jaxce.linear_cross_entropy(hidden, labels)  # wrong: no kernel
 jaxce.linear_cross_entropy(hidden, kernel, labels, mode="stored")  # wrong: no such mode
 jaxce.linear_cross_entropy(hidden, kernel, labels, vocab_axis=2)  # wrong: no such axis
