@@ -319,7 +319,6 @@ def test_linear_loss(rng, split, kind, mode):
         oracle.assert_within(grads[name], value, relative * (size + np.abs(per_row[0]).sum() * 8), name)
 
 
-@pytest.mark.every_case
 @pytest.mark.parametrize("mode", MODES)
 def test_a_frozen_trunk_exchanges_no_gradient_of_hidden_states(rng, mode):
     args = linear_arguments(rng, "index", v=32)

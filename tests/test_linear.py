@@ -654,8 +654,8 @@ def test_logits_in_one_block_are_computed_once(rng, mode):
 
 @pytest.mark.optimized
 @pytest.mark.every_case
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("asked", ["hidden", "kernel", "bias"])
+@pytest.mark.parametrize("mode", [pytest.param("recompute", marks=pytest.mark.slow), "store"])
+@pytest.mark.parametrize("asked", ["hidden", "kernel", pytest.param("bias", marks=pytest.mark.slow)])
 def test_what_is_frozen_costs_nothing(rng, mode, asked):
     """A gradient that is not asked for takes no product, and no memory from the loss to the backward pass."""
     n, v, block_n, block_v = 12, 30, 4, 10
