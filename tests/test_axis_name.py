@@ -319,6 +319,30 @@ def test_linear_loss(rng, split, kind, mode):
         oracle.assert_within(grads[name], value, relative * (size + np.abs(per_row[0]).sum() * 8), name)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_frozen_trunk_exchanges_no_gradient_of_hidden_states(rng, mode):
+    args = linear_arguments(rng, "index", v=32)
+    h, k, labels = (np.asarray(args[name]) for name in ("hidden", "kernel", "targets"))
+
+    def compiled(argnums):
+        def loss(h, k, labels):
+            return linear_cross_entropy(h, k, labels, axis_name="v", reduction="mean")
+
+        gradients = P() if argnums == 0 else P(None, "v") if argnums == 1 else (P(), P(None, "v"))
+        mapped = jax.shard_map(
+            jax.grad(loss, argnums), mesh=mesh_of(4), in_specs=(P(), P(None, "v"), P()), out_specs=gradients
+        )
+        return jax.jit(mapped).lower(h, k, labels).compile()
+
+    with blocks(mode, 4, 4):
+        of_hidden, of_kernel, of_both = map(compiled, (0, 1, (0, 1)))
+    for alone, among in zip((of_hidden, of_kernel), of_both(h, k, labels), strict=True):
+        np.testing.assert_allclose(alone(h, k, labels), among, rtol=100 * EPS, atol=100 * EPS * np.abs(among).max())
+    rows = 4 if mode == "store" else len(h)
+    assert max(collective_sizes(of_hidden.as_text())) == rows * h.shape[1]
+    assert max(collective_sizes(of_kernel.as_text())) == rows
+
+
 def test_the_gradient_of_narrow_hidden_states_is_summed_before_it_is_rounded(rng):
     """Over eight devices, bfloat16 sums would be off by several of its ulps."""
     n, d, v = 16, 24, 512

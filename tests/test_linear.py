@@ -629,6 +629,12 @@ def test_number_of_matmuls(rng, mode, matmuls):
     assert found.count("dot_general") == 2 * matmuls
 
 
+def products(f, *args) -> list[tuple[int, int]]:
+    """The shapes of the matmuls of the compiled program, those in a loop once."""
+    found = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", jax.jit(f).lower(*args).compile().as_text())
+    return sorted((int(rows), int(columns)) for rows, columns in found if columns != "1")  # one adds up short rows
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_in_one_block_are_computed_once(rng, mode):
     """Then there is no gradient to keep, and the compiler finds that those of the backward pass are the same."""
@@ -639,13 +645,52 @@ def test_logits_in_one_block_are_computed_once(rng, mode):
         return linear_cross_entropy(**args | floats, reduction="mean")
 
     with blocks(mode, N, V):
-        program = jax.jit(jax.value_and_grad(loss)).lower({name: args[name] for name in names}).compile().as_text()
+        found = products(jax.value_and_grad(loss), {name: args[name] for name in names})
         kept = jax.tree.leaves(jax.vjp(loss, {name: args[name] for name in names})[1])
-    products = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", program)
-    of_logits = [(int(rows), int(columns)) for rows, columns in products if columns != "1"]  # one adds up short rows
-    assert sorted(of_logits) == sorted([(N, V), (N, D), (D, V)])
+    assert found == sorted([(N, V), (N, D), (D, V)])
     assert all(x.size <= max(N * D, D * V) for x in kept)
     assert sum(x.shape == (D, V) for x in kept) == 1  # the kernel itself
+
+
+@pytest.mark.optimized
+@pytest.mark.every_case
+@pytest.mark.parametrize("mode", [pytest.param("recompute", marks=pytest.mark.slow), "store"])
+@pytest.mark.parametrize("asked", ["hidden", "kernel", pytest.param("bias", marks=pytest.mark.slow)])
+def test_what_is_frozen_costs_nothing(rng, mode, asked):
+    """A gradient that is not asked for takes no product, and no memory from the loss to the backward pass."""
+    n, v, block_n, block_v = 12, 30, 4, 10
+    args = arguments(rng, batch=(n,), v=v)
+    h, k, b, y = (args[name] for name in ("hidden", "kernel", "bias", "targets"))
+    rows = block_n if mode == "store" else n
+    logits, wanted = [(rows, block_v)], {"hidden": [(rows, D)], "kernel": [(D, block_v)], "bias": []}[asked]
+
+    def loss(x):
+        floats = {"hidden": h, "kernel": k, "bias": b, asked: x}
+        return linear_cross_entropy(**floats, targets=y, reduction="mean")
+
+    def forward(x):
+        """What JAX compiles by itself outside of jit: the loss, with all that it leaves for the backward pass."""
+        return jax.tree.leaves(jax.vjp(loss, x)[1])
+
+    with blocks(mode, block_n, block_v):
+        assert products(jax.grad(loss), args[asked]) == sorted((1 if mode == "store" else 2) * logits + wanted)
+        assert products(forward, args[asked]) == sorted(logits + wanted * (mode == "store"))
+        kept = [x.shape for x in forward(args[asked])]
+    for name, x in {"hidden": h, "kernel": k}.items():
+        assert kept.count(x.shape) == 1 + (mode == "store" and name == asked)
+
+
+def test_what_is_asked_for_may_change(rng):
+    """JAX keeps what it traced for each, and mixes them up if what they leave for the backward pass is another tree."""
+    args = arguments(rng, batch=(11,))  # as no other test has them: traced here first
+
+    def loss(h, k):
+        return linear_cross_entropy(h, k, args["targets"], reduction="mean")
+
+    with blocks("store"):
+        for f in loss, jax.checkpoint(loss):
+            for argnums in 0, 1:
+                jax.make_jaxpr(jax.grad(f, argnums))(args["hidden"], args["kernel"])
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(rng):
@@ -888,6 +933,45 @@ def test_blocks_that_are_left_out_lose_no_gradient(rng, kind, reduction):
     assert np.count_nonzero(weights) > 3
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS * max(1, np.abs(b).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "how", "asked", "kind"),
+    pairwise(
+        MODES,
+        ["eager", "jit", "vmap", "checkpoint", "scan"],
+        ["hidden", "kernel", "bias", "weights", "class_weights", "label_smoothing", "targets"],
+        ["index", "probs"],
+    ),
+)
+@pytest.mark.parametrize("aux", [False, True])
+def test_a_gradient_alone_is_what_it_is_among_all(rng, mode, how, asked, kind, aux):
+    args = arguments(rng, kind)
+    if asked == "targets" and kind == "index":
+        asked = "z_loss"
+
+    def loss(parts):
+        out = fused(joined(parts, args), reduction="mean", return_aux=aux)
+        return out[0] + jnp.sum(out[1].entropy) if aux else out
+
+    def in_scan(parts):
+        return jax.lax.scan(lambda total, scale: (total + scale * loss(parts), None), jnp.float32(0), jnp.ones(1))[0]
+
+    grad = {
+        "eager": jax.grad(loss),
+        "jit": jax.jit(jax.grad(loss)),
+        "vmap": jax.grad(lambda parts: jax.vmap(loss)(jax.tree.map(lambda x: jnp.asarray(x)[None], parts))[0]),
+        "checkpoint": jax.grad(jax.checkpoint(loss)),
+        "scan": jax.jit(jax.grad(in_scan)),
+    }[how]
+    with blocks(mode):
+        (alone,) = grad({asked: args[asked]}).values()
+        among_all = grad(floats(args))[asked]
+        (again,) = grad({asked: args[asked]}).values()
+    np.testing.assert_array_equal(again, alone)
+    assert np.abs(among_all).max() > 0
+    np.testing.assert_allclose(alone, among_all, rtol=100 * EPS, atol=100 * EPS * np.abs(among_all).max())
 
 
 @pytest.mark.parametrize("mode", MODES)

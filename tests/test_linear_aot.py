@@ -1,14 +1,20 @@
 """The linear loss and both its gradients, compiled by the real TPU compiler beside optax on materialised logits."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 import jaxce
 
 pytest.importorskip("libtpu", reason="the TPU compiler is in libtpu")
 from benchmarks import tpu
+from tests.test_linear import MODES, blocks
 
 pytestmark = [pytest.mark.aot, pytest.mark.optimized, pytest.mark.slow]
 D = 2048
@@ -83,3 +89,22 @@ def test_a_vocabulary_that_divides_nothing():
     v = 50257
     program = jaxce_program("v5e", 1024, v, 0)
     assert program["temp_bytes"] <= 0.05 * 2 * D * v
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("asked", [0, 1])
+def test_what_is_frozen_takes_no_product(mode, asked):
+    """Of hidden states and kernel, only one of which has a gradient."""
+    n, d, v, block_n, block_v = 64, 48, 384, 16, 128
+    device = topologies.get_topology_desc(platform="tpu", topology_name=tpu.TOPOLOGIES["v5e"]).devices[0]
+    arrays = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+        for shape, dtype in (((n, d), jnp.bfloat16), ((d, v), jnp.bfloat16), ((n,), jnp.int32))
+    ]
+    loss = functools.partial(jaxce.linear_cross_entropy, reduction="mean")
+    with blocks(mode, block_n, block_v), tpu.uncached():
+        text = jax.jit(jax.grad(loss, asked)).lower(*arrays).compile().as_text()
+    rows = block_n if mode == "store" else n
+    wanted = [[(rows, d)], [(d, block_v)]][asked] + [(rows, block_v)] * (1 if mode == "store" else 2)
+    found = re.findall(r"= f32\[(\d+),(\d+)\]\S* convolution\(", text)
+    assert sorted((int(rows), int(columns)) for rows, columns in found) == sorted(wanted)

@@ -128,8 +128,9 @@ def linear_cross_entropy(
         gradients along with the loss, three matmuls; it is for losses that are one number (`reduction` not "none"), and
         holds one block of logits with the whole vocabulary. It leaves blocks out that hold only ignored examples or
         examples of weight 0, and keeps the gradients for the backward pass: `jax.lax.scan` over batches keeps them for
-        every step if its gradient is taken from outside (take it inside, or use "recompute"). None: chosen by the
-        platform that is compiled for, and the shapes.
+        every step if its gradient is taken from outside (take it inside, or use "recompute"). In both, a gradient that
+        is not asked for, as of a frozen kernel, takes no matmul and no memory. None: chosen by the platform that is
+        compiled for, and the shapes.
       memory_budget: bytes that loss and gradient may take beyond arguments and results; blocks are made smaller until
         they fit. See `jaxce.plan_linear_cross_entropy`. None: as many as the fastest plan takes; on GPU, half of what
         logits and their gradient would.

@@ -85,10 +85,11 @@ class LinearPlan:
       temp_bytes: bytes of loss and gradient beyond arguments and results: an upper bound on CPU, and elsewhere what
         would be needed if nothing stayed in on-chip memory.
       kept_bytes: bytes that the loss leaves for the backward pass, beside its arguments: numbers per token in mode
-        "recompute", the gradients in mode "store". A `lax.scan` over batches whose gradient is taken from outside
-        keeps them for every step.
+        "recompute", in mode "store" the gradients, or those of them that are asked for. A `lax.scan` over batches
+        whose gradient is taken from outside keeps them for every step.
       logits_bytes: what the logits alone would take in the working dtype.
-      flops: floating-point operations of the matmuls of loss and gradient.
+      flops: floating-point operations of the matmuls of loss and gradients, both that of hidden states and that of the
+        kernel.
       platform: the platform it was made for.
       device: the GPU whose data sheet a model chose it by; empty on other platforms, where measurements chose.
       predicted_seconds: of loss and gradients, by that model; None on other platforms.

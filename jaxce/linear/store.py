@@ -95,6 +95,7 @@ def _summed_fwd(
     given = jax.tree.map(lambda x: x.value, ((projection, examples, shared), counts, divisor))
     arguments, counts, divisor = given
     rows = row_axes(options, *arguments)
+    asked = jax.tree.map(lambda x: x.perturbed, _floats((projection, examples, shared)))
 
     # What a platform does not keep is zeros there, which no program computes: the results must be of one type.
     def stored(schedule: Schedule, arguments: Arguments, counts: Counts, divisor: Array) -> tuple[Any, ...]:
@@ -112,8 +113,12 @@ def _summed_fwd(
         grads = jax.tree.map(lambda x: jnp.zeros_like(x, divisor.dtype), _floats(arguments))
         return loss, aux, grads, records
 
+    # Nothing is left of a gradient that is not asked for, so that a compiler leaves its product and its sum out. It is
+    # an empty array, not None: JAX takes what is left to be one tree of arrays, whatever is asked for.
     def either(schedule: Schedule, *args: Any) -> tuple[Any, ...]:
-        return (stored if schedule.block_n else recomputed)(schedule, *args)
+        loss, aux, grads, records = (stored if schedule.block_n else recomputed)(schedule, *args)
+        grads = jax.tree.map(lambda asked, g: g if asked else jnp.zeros((0,), g.dtype), asked, grads)
+        return loss, aux, grads, records
 
     loss, aux, grads, records = by_platform(schedules, either, *given)
     return (loss, aux), (arguments, counts, divisor, loss, grads, records)
@@ -136,8 +141,11 @@ def _summed_bwd(schedules: Schedules, options: Options, residuals: tuple[Any, ..
         cts: Sum,
     ) -> tuple[Arguments, Array]:
         if schedule.block_n and not of_aux:
-            dfloats = jax.tree.map(lambda x, g: times(cts[0], g.astype(cts[0].dtype)).astype(x.dtype), floats, grads)
-            return dfloats, -cts[0] * loss / divisor
+
+            def scaled(x: Array, g: Array) -> Array | None:
+                return times(cts[0], g.astype(cts[0].dtype)).astype(x.dtype) if g.shape == x.shape else None
+
+            return jax.tree.map(scaled, floats, grads), -cts[0] * loss / divisor
 
         # What the aux record adds is known only now, so it takes the matmuls of the other mode.
         def again(floats: Arguments, divisor: Array) -> Sum:
@@ -146,8 +154,8 @@ def _summed_bwd(schedules: Schedules, options: Options, residuals: tuple[Any, ..
             known: recompute.Records = (None, None) if schedule.block_n else records
             return _recomputed_sum((schedule,) * 3, options, arguments, counts, divisor, known)[0]
 
-        of_arguments: tuple[Arguments, Array] = jax.vjp(again, floats, divisor)[1](cts)
-        return of_arguments
+        dfloats, ddivisor = jax.vjp(again, floats, divisor)[1](cts)
+        return jax.tree.map(lambda x, g: x if g.shape == x.shape else None, dfloats, grads), ddivisor
 
     fixed = {"indices": arguments[1].indices, "where": arguments[1].where}
     dfloats, ddivisor = by_platform(schedules, backward, _floats(arguments), fixed, *residuals_of_rows, cts)
