@@ -9,6 +9,7 @@ from jax import Array
 
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.lookup import put
+from jaxce.reverse_mode import is_symbolic_zero, materialised
 from jaxce.sharding import mask_like
 from jaxce.stats import RowStats, Terms, shift, times
 from jaxce.sums import effective, exponentials_for_gradient, left_out, rows_of, smoothing_distribution
@@ -36,6 +37,12 @@ class Factors(NamedTuple):
     smoothing: Array | None
     entropy: Array | None
     outside: tuple[Array, Array] | None
+
+
+def without_unused_tail(ct: Terms) -> Terms:
+    """The cotangents as arrays, or None for a tail that nothing depends on: it would take exponentials of its own."""
+    unused = is_symbolic_zero(ct.tail)
+    return materialised(ct._replace(tail=None) if unused else ct)
 
 
 def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> Factors:

@@ -16,6 +16,8 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxce import checks
 from jaxce.primitives import Primitive
+from jaxce.sharding import vary
+from jaxce.versions import varying_axes
 
 Tree = TypeVar("Tree")
 
@@ -25,6 +27,30 @@ def reverse_mode_only(tree: Tree) -> Tree:
     _register_jet_rule()
     same: Tree = jax.tree.map(lambda x: _argument_p.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
     return same
+
+
+# --- cotangents that nothing depends on, in rules that ask for them (`symbolic_zeros=True`) --------------------------
+
+
+def is_symbolic_zero(ct: Any) -> bool:
+    return isinstance(ct, jax.custom_derivatives.SymbolicZero)
+
+
+def is_used(ct: Any) -> bool:
+    return not is_symbolic_zero(ct) and ct.dtype != jax.dtypes.float0
+
+
+def materialised(cts: Tree) -> Tree:
+    """The cotangents, with an array for every symbolic zero."""
+
+    def array(ct: Any) -> Any:
+        return vary(jnp.zeros(ct.shape, ct.dtype), varying_axes(ct.aval)) if is_symbolic_zero(ct) else ct
+
+    arrays: Tree = jax.tree.map(array, cts, is_leaf=is_symbolic_zero)
+    return arrays
+
+
+# --- the identity -----------------------------------------------------------------------------------------------------
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

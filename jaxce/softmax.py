@@ -14,7 +14,7 @@ from jax import Array, lax
 from jaxce import autodiff, checks, types
 from jaxce.arguments import Examples, Options, Shared, checked, of_nll, of_terms
 from jaxce.compose import Counts, CrossEntropyAux, compose, who_counts
-from jaxce.gradient import factors, gradient
+from jaxce.gradient import factors, gradient, without_unused_tail
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
@@ -331,18 +331,19 @@ def _terms_and_record(
 _Residuals = tuple[Array, Examples, Shared, RowStats, Array]
 
 
-def _terms_fwd(options: Options, logits: Array, examples: Examples, shared: Shared) -> tuple[Terms, _Residuals]:
+def _terms_fwd(options: Options, *perturbed: Any) -> tuple[Terms, _Residuals]:
+    logits, examples, shared = jax.tree.map(lambda x: x.value, perturbed)
     terms, stats = _terms_and_record(not options.axis_name, options, logits, examples, shared)
     return terms, (logits, examples, shared, *finite(stats))
 
 
 def _terms_bwd(options: Options, residuals: _Residuals, ct: Terms) -> tuple[Array, Examples, Shared]:
     logits, examples, shared, stats, alive = residuals
-    of_rows = written(factors(examples.indices, stats, alive, ct))
+    of_rows = written(factors(examples.indices, stats, alive, without_unused_tail(ct)))
     dlogits, dexamples, dshared = gradient(options, logits, examples, shared, of_rows, again=not options.axis_name)
     if examples.probs is not None and dexamples.probs is not None:
         dexamples = dexamples._replace(probs=dexamples.probs.astype(examples.probs.dtype))
     return dlogits, dexamples, dshared
 
 
-softmax_terms.defvjp(_terms_fwd, _terms_bwd)
+softmax_terms.defvjp(_terms_fwd, _terms_bwd, symbolic_zeros=True)

@@ -11,12 +11,14 @@ for 8192 tokens. Smaller blocks make the compiled programs slower (512: 67 M cyc
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 from jax import Array
 
 from jaxce.arguments import Examples, Options, Projection, Shared, of_nll, of_terms
 from jaxce.compose import Counts, CrossEntropyAux, compose
+from jaxce.gradient import without_unused_tail
 from jaxce.linear import costs, vocabulary
 from jaxce.linear.blocks import Schedule, Schedules, by_platform
 from jaxce.linear.chips import Gpu
@@ -60,25 +62,31 @@ def linear_terms(
     known: RowStats | None = None,
 ) -> tuple[Terms, RowStats]:
     """The terms of each row of hidden @ kernel + bias, for what `of_terms` leaves of the arguments; and its record."""
-    return _terms_fwd(schedules, options, projection, examples, shared, known)[0]
+    return _terms_and_record(schedules, options, projection, examples, shared, known)
 
 
-_Residuals = tuple[Projection, Examples, Shared, RowStats, Array]
-
-
-def _terms_fwd(
+def _terms_and_record(
     schedules: Schedules,
     options: Options,
     projection: Projection,
     examples: Examples,
     shared: Shared,
     known: RowStats | None,
-) -> tuple[tuple[Terms, RowStats], _Residuals]:
+) -> tuple[Terms, RowStats]:
     def forward(schedule: Schedule, projection: Projection, examples: Examples, shared: Shared) -> RowStats:
         return vocabulary.forward(schedule, options, projection, examples, shared)[0]
 
     stats: RowStats = known if known is not None else by_platform(schedules, forward, projection, examples, shared)
-    return (finish(stats), stats), (projection, examples, shared, *finite(stats))
+    return finish(stats), stats
+
+
+_Residuals = tuple[Projection, Examples, Shared, RowStats, Array]
+
+
+def _terms_fwd(schedules: Schedules, options: Options, *perturbed: Any) -> tuple[tuple[Terms, RowStats], _Residuals]:
+    given = jax.tree.map(lambda x: x.value, perturbed)
+    terms, stats = _terms_and_record(schedules, options, *given)
+    return (terms, stats), (*given[:3], *finite(stats))
 
 
 def _terms_bwd(
@@ -87,11 +95,11 @@ def _terms_bwd(
     def backward(schedule: Schedule, residuals: _Residuals, ct: Terms) -> vocabulary.Gradients:
         return vocabulary.backward(schedule, options, *residuals, ct)
 
-    gradients: vocabulary.Gradients = by_platform(schedules, backward, residuals, cts[0])
+    gradients: vocabulary.Gradients = by_platform(schedules, backward, residuals, without_unused_tail(cts[0]))
     return *gradients, None
 
 
-linear_terms.defvjp(_terms_fwd, _terms_bwd)
+linear_terms.defvjp(_terms_fwd, _terms_bwd, symbolic_zeros=True)
 
 
 # --- when it applies, and what it costs -------------------------------------------------------------------------------

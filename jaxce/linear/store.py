@@ -27,10 +27,9 @@ from jaxce.linear.blocks import Schedule, Schedules, by_platform, over_blocks, p
 from jaxce.linear.chips import Gpu
 from jaxce.linear.costs import Problem
 from jaxce.linear.mesh import row_axes
-from jaxce.reverse_mode import reverse_mode_only
+from jaxce.reverse_mode import is_symbolic_zero, is_used, materialised, reverse_mode_only
 from jaxce.sharding import shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finish, finite, matmul_dtype, times, working_dtype
-from jaxce.versions import varying_axes
 
 Sum = tuple[Array, CrossEntropyAux | None]
 Arguments = tuple[Projection, Examples, Shared]  # or gradients in them
@@ -126,8 +125,8 @@ def _summed_fwd(
 
 def _summed_bwd(schedules: Schedules, options: Options, residuals: tuple[Any, ...], cts: Any) -> tuple[Any, ...]:
     arguments, *residuals_of_rows = residuals
-    of_aux = any(_used(x) for x in jax.tree.leaves(cts[1], is_leaf=_is_symbolic))
-    cts = jax.tree.map(_materialised, cts, is_leaf=_is_symbolic)
+    of_aux = any(map(is_used, jax.tree.leaves(cts[1], is_leaf=is_symbolic_zero)))
+    cts = materialised(cts)
 
     def backward(
         schedule: Schedule,
@@ -165,18 +164,6 @@ def _summed_bwd(schedules: Schedules, options: Options, residuals: tuple[Any, ..
 def _floats(arguments: Arguments) -> Arguments:
     projection, examples, shared = arguments
     return projection, examples._replace(indices=None, where=None), shared
-
-
-def _is_symbolic(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.SymbolicZero)
-
-
-def _used(ct: Any) -> bool:
-    return not _is_symbolic(ct) and ct.dtype != jax.dtypes.float0
-
-
-def _materialised(ct: Any) -> Any:
-    return vary(jnp.zeros(ct.shape, ct.dtype), varying_axes(ct.aval)) if _is_symbolic(ct) else ct
 
 
 _summed_loss.defvjp(_summed_fwd, _summed_bwd, symbolic_zeros=True)
