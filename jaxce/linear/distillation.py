@@ -211,12 +211,9 @@ def _divergences_bwd(plans: Plans, of: Distillation, residuals: tuple[Tokens, Re
     def backward(plan: Plan, tokens: Tokens, record: Record, ct: Array) -> Gradients:
         return _backward(plan, of, tokens, factors(record, ct))
 
-    return (_rounded(by_platform(plans, backward, *residuals, ct), residuals[0]),)
-
-
-def _rounded(grads: Gradients, tokens: Tokens) -> Tokens:
-    student = jax.tree.map(lambda g, x: g.astype(x.dtype), grads[0], tokens.models.student)
-    return Tokens(cast(Any, Models(student, None)), Examples(temperature=grads[1]))
+    student, temperature = by_platform(plans, backward, *residuals, ct)
+    student = jax.tree.map(lambda g, x: g.astype(x.dtype), student, residuals[0].models.student)
+    return (Tokens(cast(Any, Models(student, None)), Examples(temperature=temperature)),)
 
 
 _divergences.defvjp(_divergences_fwd, _divergences_bwd)
@@ -241,9 +238,10 @@ def _weighted_sum(plans: Plans, of: Distillation, tokens: Tokens, weights: Array
     return total
 
 
-def _weighted_sum_fwd(
-    plans: Plans, of: Distillation, tokens: Tokens, weights: Array
-) -> tuple[Array, tuple[Tokens, Array, Gradients]]:
+def _weighted_sum_fwd(plans: Plans, of: Distillation, *perturbed: Any) -> tuple[Array, tuple[Tokens, Array, Gradients]]:
+    tokens, weights = jax.tree.map(lambda x: x.value, perturbed)
+    asked = jax.tree.map(lambda x: x.perturbed, (perturbed[0].models.student, perturbed[0].examples.temperature))
+
     def forward(plan: Plan, tokens: Tokens, weights: Array) -> tuple[Array, Array, Gradients]:
         def block(start: Any, size: int, state: Any) -> Any:
             total, divergences, (of_hidden, *sums), of_temperature = state
@@ -267,8 +265,10 @@ def _weighted_sum_fwd(
         total, divergences, dhidden, dtemperature = vary((total, divergences, dhidden, dtemperature), rows)
         sums = vary(jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shared), rows | set(of.options.axis_name))
         state = total, divergences, Projection(dhidden, *sums), dtemperature
-        total, divergences, student, dtemperature = over_blocks(len(weights), plan.student.block_n, block, state)
-        return total, divergences, (student, dtemperature)
+        total, divergences, *grads = over_blocks(len(weights), plan.student.block_n, block, state)
+        # As in `jaxce.linear.store`: nothing is left of what is not asked for, and no product is made for it.
+        grads = jax.tree.map(lambda asked, g: g if asked else jnp.zeros((0,), g.dtype), asked, tuple(grads))
+        return total, divergences, grads
 
     total, divergences, grads = by_platform(plans, forward, tokens, weights)
     return total, (tokens, divergences, grads)
@@ -278,11 +278,16 @@ def _weighted_sum_bwd(
     plans: Plans, of: Distillation, residuals: tuple[Tokens, Array, Gradients], ct: Array
 ) -> tuple[Tokens, Array]:
     tokens, divergences, grads = residuals
-    scaled: Gradients = jax.tree.map(lambda g: times(ct, g), grads)
-    return _rounded(scaled, tokens), ct * divergences
+
+    def scaled(x: Array, g: Array) -> Array | None:
+        return times(ct, g).astype(x.dtype) if g.shape == x.shape else None
+
+    own = tokens.models.student, tokens.examples.temperature
+    student, temperature = jax.tree.map(scaled, own, grads)
+    return Tokens(cast(Any, Models(student, None)), Examples(temperature=temperature)), ct * divergences
 
 
-_weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
+_weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
 
 
 def _rows(tree: Any, start: Any, size: int) -> Any:
@@ -370,7 +375,7 @@ def linear_distillation_loss(
       >>> teacher_hidden = jnp.array([[1.0, 0.2, -0.1]])
       >>> teacher_kernel = jnp.array([[0.1, -0.6, 1.5], [0.3, 0.0, 0.2], [0.2, 1.0, 0.4]])
       >>> print(jaxce.linear_distillation_loss(hidden, kernel, teacher_hidden, teacher_kernel))
-      [0.0]
+      [0.04240666]
 
     Note:
       Hsu et al., "Liger Kernel", 2024, section 3.2, for gradients computed along with the loss; the divergences as in
