@@ -91,8 +91,9 @@ def test_it_is_the_loss_of_the_logits(case, divergence, options, rng, monkeypatc
     """In several blocks of tokens and of classes, of which the last are smaller."""
     from jaxce.linear import distillation
 
-    monkeypatch.setattr(distillation, "_KEPT", 16 * V)
-    monkeypatch.setattr(distillation, "_PART", 2**10)
+    monkeypatch.setattr(distillation, "_KEPT", dict.fromkeys(distillation._KEPT, 16 * V))
+    monkeypatch.setattr(distillation, "_LEAST", 1)
+    monkeypatch.setattr(distillation, "_PART", dict.fromkeys(distillation._PART, 2**10))
     parts, teacher = models(rng, tokens=(3, 13))
     numbers, more = {}, {"beta": 0.3} if divergence == "jsd" else {}
     if options:
@@ -135,8 +136,9 @@ def test_bad_tokens(rng):
 def test_no_array_of_all_logits(mode, rng, monkeypatch):
     from jaxce.linear import distillation
 
-    monkeypatch.setattr(distillation, "_KEPT", 16 * V)
-    monkeypatch.setattr(distillation, "_PART", 2**10)
+    monkeypatch.setattr(distillation, "_KEPT", dict.fromkeys(distillation._KEPT, 16 * V))
+    monkeypatch.setattr(distillation, "_LEAST", 1)
+    monkeypatch.setattr(distillation, "_PART", dict.fromkeys(distillation._PART, 2**10))
     parts, teacher = models(rng)
     loss = functools.partial(linear, teacher=teacher, numbers={}, mode=mode, reduction="mean")
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(parts).jaxpr
