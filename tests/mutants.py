@@ -57,7 +57,12 @@ TESTS = {
     "jaxce/gradient.py": DENSE,
     "jaxce/compose.py": DENSE,
     "jaxce/targets.py": DENSE,
+    "jaxce/log_probabilities.py": ["log_probs"],
+    "jaxce/divergence.py": ["distillation", "linear_distillation"],
+    "jaxce/distillation.py": ["distillation", "linear_distillation"],
     "jaxce/linear": LINEAR,
+    "jaxce/linear/log_probabilities.py": ["log_probs"],
+    "jaxce/linear/distillation.py": ["linear_distillation"],
     "jaxce/linear/plan.py": ["linear_plan", *LINEAR],
 }
 
