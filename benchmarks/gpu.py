@@ -227,13 +227,7 @@ COMPILED_PLANS = [*(("recompute", N, v) for v in (512, 1024, 4096)), *(("store",
 
 def compile_for_h100(args: argparse.Namespace) -> None:
     """What the compiler makes of the default plan and of others, beside the model; nothing is run."""
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    text = args.h100_target_config.read_text()
-    try:
-        topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=text, topology="1x1x1")
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        sys.exit(f"JAX has no CUDA compiler here: {str(error).splitlines()[0]}")
-    device: Any = topology.devices[0]
+    device = described(args.h100_target_config)
     kind = device.device_kind
     with tpu.told(device):
         given = plans.make_plan(problem_of(COMPILED), "gpu", None, None)
@@ -254,10 +248,26 @@ def compile_for_h100(args: argparse.Namespace) -> None:
 
 
 def compiled_row(name: str, loss: Callable, device: Any) -> dict[str, Any]:
-    one, struct = SingleDeviceSharding(device), jax.ShapeDtypeStruct
+    struct = jax.ShapeDtypeStruct
     n, d, v, dtype = COMPILED.n, COMPILED.d, COMPILED.v, COMPILED.dtype
     shapes = struct((n, d), dtype), struct((d, v), dtype), struct((n,), jnp.int32)
+    return {"library": name, **compiled_for(device, jax.value_and_grad(loss, (0, 1)), *shapes)}
+
+
+def described(target_config: pathlib.Path) -> Any:
+    """The GPU that the file describes, to compile for; there need be none."""
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    text = target_config.read_text()
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=text, topology="1x1x1")
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        sys.exit(f"JAX has no CUDA compiler here: {str(error).splitlines()[0]}")
+    return topology.devices[0]
+
+
+def compiled_for(device: Any, f: Callable, *shapes: Any) -> dict[str, Any]:
+    """Temporary bytes, and kernels launched and the bytes that they move."""
+    one = SingleDeviceSharding(device)
     with tpu.told(device), tpu.uncached():
-        gradient = jax.value_and_grad(loss, (0, 1))
-        program = jax.jit(gradient, in_shardings=one, out_shardings=one).lower(*shapes).compile()
-    return {"library": name, "temp_bytes": measure.temp_bytes(program), **hlo.kernels(program.as_text() or "")}
+        program = jax.jit(f, in_shardings=one, out_shardings=one).lower(*shapes).compile()
+    return {"temp_bytes": measure.temp_bytes(program), **hlo.kernels(program.as_text() or "")}

@@ -33,6 +33,19 @@ def collectives(text: str) -> list[dict[str, Any]]:
     ]
 
 
+def in_loops(text: str) -> str:
+    """Of a compiled program, what runs in every round of a loop: the bodies, and what they call."""
+    computations, _ = _computations(text)
+    found: set[str] = set()
+    names = re.findall(r" while\(.*body=%?([\w.\-]+)", text)
+    while names:
+        name = names.pop()
+        if name in computations and name not in found:
+            found.add(name)
+            names += re.findall(r"%([\w.\-]+)", "\n".join(computations[name]))
+    return "\n".join(line for name in found for line in computations[name])
+
+
 def collective_bytes(text: str) -> int:
     """The bytes of the results of all collectives of one device."""
 

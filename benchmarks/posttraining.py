@@ -10,6 +10,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 import jaxce
-from benchmarks import measure, tpu
+from benchmarks import gpu, measure, tpu
 
 SHAPE, SMOKE_SHAPE = (2048, 512, 50304), (64, 32, 1000)
 TPU_SHAPE, SMOKE_TPU_SHAPE = (8192, 2048, 131072), (256, 128, 4096)
@@ -135,12 +136,40 @@ def tpu_rows(shape: tuple[int, int, int]) -> list[dict[str, Any]]:
     return rows
 
 
+def h100_rows(shape: tuple[int, int, int], device: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "chip": device.device_kind,
+            "loss": name,
+            "shape": shape,
+            "figures": {
+                form: gpu.compiled_for(device, program, *shapes(shape, "bfloat16"))
+                for form, program in programs(name).items()
+            },
+        }
+        for name in LOSSES
+    ]
+
+
 def add_options(command: argparse.ArgumentParser) -> None:
     measure.add_options(command, seconds=10.0, smoke="tiny shapes, quickly, to see that it runs")
+    command.add_argument(
+        "--h100-target-config", type=pathlib.Path, help="only compile, for the GPU that the file describes"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     console = Console(width=120)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.h100_target_config:
+        results = {
+            "command": "python -m benchmarks posttraining --h100-target-config FILE",
+            "environment": measure.environment("jaxce", "jax", "jaxlib", "optax"),
+            "rows": h100_rows(SMOKE_TPU_SHAPE if args.smoke else TPU_SHAPE, gpu.described(args.h100_target_config)),
+        }
+        (args.output_dir / "posttraining-h100.json").write_text(json.dumps(results, indent=1) + "\n")
+        console.print(f"wrote posttraining-h100.json to {args.output_dir}")
+        return
     shape, seconds = (SMOKE_SHAPE, 0.1) if args.smoke else (SHAPE, args.seconds)
     cells = [(name, dtype) for dtype in DTYPES for name in LOSSES]
     rows = [
@@ -153,7 +182,6 @@ def run(args: argparse.Namespace) -> None:
         "rows": rows,
         "tpu": tpu_rows(SMOKE_TPU_SHAPE if args.smoke else TPU_SHAPE),
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "posttraining.json").write_text(json.dumps(results, indent=1) + "\n")
     show(console, results)
     console.print(f"wrote posttraining.json to {args.output_dir}")

@@ -311,6 +311,50 @@ def sharded_table(results: dict[str, Any]) -> str:
     )
 
 
+def posttraining_table(results: dict[str, Any]) -> str:
+    """Log-probabilities and distillation beside the same on materialised logits."""
+
+    forms = [form for form in results["rows"][0]["figures"] if form != "jaxce"]
+    cpu = [
+        [
+            row["loss"],
+            row["dtype"],
+            *(f"{row['figures'][form][what]:.2f}" for form in forms for what in ("time", "memory")),
+            f"{row['figures']['jaxce']['temp_bytes'] / 1e6:,.0f} MB",
+        ]
+        for row in results["rows"]
+    ]
+    n, d, v = results["rows"][0]["shape"]
+    header = ["loss", "dtype", *(f"{what} / {form}" for form in forms for what in ("time", "memory"))]
+    lines = [
+        f"Loss and the gradients of hidden states and kernel on CPU ({machine_of(results)}): {n} tokens, D = {d}, of "
+        f"both models, V = {v}. Time and temporary memory beside those of the same on materialised logits, as they are "
+        "or rematerialised (`jax.checkpoint`):",
+        "",
+        markdown([*header, "temporary memory"], cpu),
+    ]
+    if results["tpu"]:
+        n, d, v = results["tpu"][0]["shape"]
+        lines += [
+            "",
+            f"Compiled for TPU in bfloat16, {n} x {d} x {v}: cycles beside those of the others, by the compiler's own "
+            "cost model, and temporary HBM:",
+            "",
+            markdown(
+                ["chip", "loss", *(f"cycles / {form}" for form in forms), *(f"HBM, {f}" for f in ("jaxce", *forms))],
+                [[row["chip"], row["loss"], *_on_tpu(row["figures"], forms)] for row in results["tpu"]],
+            ),
+        ]
+    return "\n".join(lines)
+
+
+def _on_tpu(figures: dict[str, Any], forms: list[str]) -> list[str]:
+    ours = figures["jaxce"]["cycles"]
+    cycles = [f"{ours / f['cycles']:.2f}" if "cycles" in (f := figures[form]) else "" for form in forms]
+    memory = [figures[form].get("temp_bytes") for form in ("jaxce", *forms)]
+    return [*cycles, *("does not fit" if x is None else f"{x / 1e6:,.0f} MB" for x in memory)]
+
+
 def cifar10_table(history: dict[str, Any]) -> str:
     """The epochs of a run of the CIFAR-10 example."""
     rows = [
@@ -369,6 +413,7 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
     ),
     "gpu": (gpu_table, "h100-compiled.json"),
     "sharded": (sharded_table, "sharded.json"),
+    "posttraining": (posttraining_table, "posttraining.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
     "language-model": (language_model_table, "language-model/history.json"),
 }

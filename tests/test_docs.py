@@ -35,6 +35,11 @@ def test_every_public_name_is_in_the_reference(name):
     assert name in ENTRIES or f".. automodule:: jaxce.{name}\n" in "\n".join(REFERENCE.values())
 
 
+def test_no_page_has_the_marks_of_a_merge():
+    pages = [*DOCS.rglob("*.md"), *DOCS.rglob("*.rst"), *DOCS.parent.glob("*.md")]
+    assert [page.name for page in pages if re.search(r"^(<{7}|>{7}) ", page.read_text(), re.M)] == []
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_every_entry_of_the_reference_has_an_example(name):
     found = getattr(jaxce, name, None) or getattr(diagnostics, name, None) or getattr(jaxce.linear.plan, name)

@@ -1,6 +1,7 @@
 """Distillation from hidden states: the loss of the logits, without them; and a teacher of whom K classes are known."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -90,8 +91,9 @@ def test_it_is_the_loss_of_the_logits(case, divergence, options, rng, monkeypatc
     """In several blocks of tokens and of classes, of which the last are smaller."""
     from jaxce.linear import distillation
 
-    monkeypatch.setattr(distillation, "_KEPT", 16 * V)
-    monkeypatch.setattr(distillation, "_PART", 2**10)
+    monkeypatch.setattr(distillation, "_KEPT", dict.fromkeys(distillation._KEPT, 16 * V))
+    monkeypatch.setattr(distillation, "_LEAST", 1)
+    monkeypatch.setattr(distillation, "_PART", dict.fromkeys(distillation._PART, 2**10))
     parts, teacher = models(rng, tokens=(3, 13))
     numbers, more = {}, {"beta": 0.3} if divergence == "jsd" else {}
     if options:
@@ -134,8 +136,9 @@ def test_bad_tokens(rng):
 def test_no_array_of_all_logits(mode, rng, monkeypatch):
     from jaxce.linear import distillation
 
-    monkeypatch.setattr(distillation, "_KEPT", 16 * V)
-    monkeypatch.setattr(distillation, "_PART", 2**10)
+    monkeypatch.setattr(distillation, "_KEPT", dict.fromkeys(distillation._KEPT, 16 * V))
+    monkeypatch.setattr(distillation, "_LEAST", 1)
+    monkeypatch.setattr(distillation, "_PART", dict.fromkeys(distillation._PART, 2**10))
     parts, teacher = models(rng)
     loss = functools.partial(linear, teacher=teacher, numbers={}, mode=mode, reduction="mean")
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(parts).jaxpr
@@ -151,6 +154,25 @@ def test_the_products_of_each_mode(rng):
         jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(parts).jaxpr
         names = [eqn.primitive.name for eqn in equations(jaxpr)]
         assert names.count("dot_general") == products
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "kernel"])
+def test_what_is_frozen_takes_no_product(frozen, rng):
+    """In the program of the forward pass, which keeps the gradients, as when they are taken outside of jit."""
+    parts, teacher = models(rng)
+    fixed = {frozen: parts.pop(frozen)}
+
+    def loss(parts):
+        return linear(parts | fixed, teacher, {}, reduction="mean")
+
+    @jax.jit
+    def forward(parts):
+        return jax.vjp(loss, parts)
+
+    shapes = re.findall(r" f32\[([\d,]*)\]\S* (?:dot|custom-call)\(", forward.lower(parts).compile().as_text())
+    assert len([shape for shape in shapes if shape not in ("", f"{N}")]) == 3
+    wanted = jax.grad(lambda parts: dense(parts | fixed, teacher, {}, reduction="mean"))(parts)
+    chex.assert_trees_all_close(jax.grad(loss)(parts), wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -1,6 +1,7 @@
 """Log-probabilities of ids, with entropy and tail: against exact arithmetic, and the linear form against the dense."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -259,6 +260,25 @@ def test_linear_holds_no_logits(rng):
         assert not [shape for shape in shapes if np.prod(shape, dtype=int) >= 40 * 3000 and 3000 in shape]
     texts = [jax.jit(jax.grad(functools.partial(loss, tail=t))).lower(parts).compile().as_text() for t in (False, True)]
     assert texts[0].count(" exponential(") <= texts[1].count(" exponential(") - 2
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(("n", "classes", "k"), [(256, 20000, 3), (512, 4000, 20), (1024, 50000, 1)])
+def test_a_budget_is_kept(n, classes, k):
+    """With all that may be asked for: the plan is for the least budget that is taken."""
+    hidden, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((n, 16), (16, classes)))
+    ids = jax.ShapeDtypeStruct((n, k), jnp.int32)
+
+    def loss(hidden, kernel, ids, budget):
+        chosen, aux = jaxce.linear_log_probs(hidden, kernel, ids, return_aux=True, memory_budget=budget)
+        return jnp.sum(chosen) + jnp.sum(aux.entropy * aux.tail)
+
+    with pytest.raises(ValueError, match=r"memory_budget: expected at least [\d,]+ bytes") as error:
+        jax.eval_shape(functools.partial(loss, budget=1), hidden, kernel, ids)
+    least = int(re.search(r"[\d,]{2,}", str(error.value))[0].replace(",", ""))
+    for budget in 2 * least, 16 * least:
+        program = jax.jit(jax.grad(functools.partial(loss, budget=budget), (0, 1))).lower(hidden, kernel, ids).compile()
+        assert program.memory_analysis().temp_size_in_bytes <= budget
 
 
 @pytest.mark.every_case

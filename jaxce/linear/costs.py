@@ -58,9 +58,10 @@ class Problem:
         """How many arrays as large as a block of logits are alive at once: logits, gradient, and what options need."""
         dense = self.entries is None
         without_aux = dataclasses.replace(self, options=dataclasses.replace(self.options, return_aux=False))
+        tail = 2 * self.options.tail
         if self.entries == 1 and without_aux.plain:
-            return 2
-        return 3 if self.plain else 3 + 2 * dense + (dense and self.class_weights)
+            return 2 + tail
+        return tail + (3 if self.plain else 3 + 2 * dense + (dense and self.class_weights))
 
 
 def in_one(p: Problem, block_n: int, block_v: int) -> bool:

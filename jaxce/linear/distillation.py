@@ -47,8 +47,11 @@ from jaxce.sums import Rows, row_stats
 from jaxce.targets import SparseTargets, Targets
 from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mode, Reduction, takes_variables
 
-_KEPT = 2**24  # logits of each model in a block of tokens that keeps them
-_PART = 2**21  # those that are worked on at once
+# Logits of each model in a block of tokens that keeps them, which adds up the whole of dkernel in float32. Compiled for
+# TPU that takes longer than to compute the logits again.
+_KEPT = {"cpu": 2**24, "tpu": 0, "gpu": 2**27}
+_LEAST = 256  # tokens, where any are kept
+_PART = {"cpu": 2**21, "tpu": 2**23, "gpu": 2**23}  # logits that are worked on at once
 
 
 class Plan(NamedTuple):
@@ -56,6 +59,11 @@ class Plan(NamedTuple):
 
     student: Schedule
     teacher: Schedule
+
+    @property
+    def keeps(self) -> bool:
+        """Whether blocks of tokens keep their logits until their gradients are computed, along with the loss."""
+        return self.student.block_n > 0
 
 
 Plans = tuple[Plan, Plan, Plan]  # for "cpu", "tpu" and every other platform
@@ -211,12 +219,9 @@ def _divergences_bwd(plans: Plans, of: Distillation, residuals: tuple[Tokens, Re
     def backward(plan: Plan, tokens: Tokens, record: Record, ct: Array) -> Gradients:
         return _backward(plan, of, tokens, factors(record, ct))
 
-    return (_rounded(by_platform(plans, backward, *residuals, ct), residuals[0]),)
-
-
-def _rounded(grads: Gradients, tokens: Tokens) -> Tokens:
-    student = jax.tree.map(lambda g, x: g.astype(x.dtype), grads[0], tokens.models.student)
-    return Tokens(cast(Any, Models(student, None)), Examples(temperature=grads[1]))
+    student, temperature = by_platform(plans, backward, *residuals, ct)
+    student = jax.tree.map(lambda g, x: g.astype(x.dtype), student, residuals[0].models.student)
+    return (Tokens(cast(Any, Models(student, None)), Examples(temperature=temperature)),)
 
 
 _divergences.defvjp(_divergences_fwd, _divergences_bwd)
@@ -232,19 +237,29 @@ def _weighted_sum(plans: Plans, of: Distillation, tokens: Tokens, weights: Array
     def forward(plan: Plan, tokens: Tokens, weights: Array) -> Array:
         def block(start: Any, size: int, total: Array) -> Array:
             part, own = _rows((tokens, weights), start, size)
-            return total + jnp.sum(times(own, _forward(plan, of, part, keep=True)[0]))
+            return total + jnp.sum(times(own, _forward(plan, of, part, keep=plan.keeps)[0]))
 
         zero = vary(jnp.zeros((), weights.dtype), varying(tokens, weights) - set(of.options.axis_name))
-        return over_blocks(len(weights), plan.student.block_n, block, zero)
+        return over_blocks(len(weights), plan.student.block_n or len(weights), block, zero)
 
     total: Array = by_platform(plans, forward, tokens, weights)
     return total
 
 
 def _weighted_sum_fwd(
-    plans: Plans, of: Distillation, tokens: Tokens, weights: Array
-) -> tuple[Array, tuple[Tokens, Array, Gradients]]:
-    def forward(plan: Plan, tokens: Tokens, weights: Array) -> tuple[Array, Array, Gradients]:
+    plans: Plans, of: Distillation, *perturbed: Any
+) -> tuple[Array, tuple[Tokens, Array, Array, Gradients, Record]]:
+    tokens, weights = jax.tree.map(lambda x: x.value, perturbed)
+    asked = jax.tree.map(lambda x: x.perturbed, (perturbed[0].models.student, perturbed[0].examples.temperature))
+
+    # What a platform does not keep is zeros there, which no program computes: the results must be of one type.
+    def recomputed(plan: Plan, tokens: Tokens, weights: Array) -> tuple[Array, Array, Gradients, Record]:
+        value, record, _ = _forward(plan, of, tokens)
+        own = tokens.models.student, tokens.examples.temperature
+        grads: Gradients = jax.tree.map(lambda x: jnp.zeros_like(x, weights.dtype), own)
+        return jnp.sum(times(weights, value)), value, grads, record
+
+    def stored(plan: Plan, tokens: Tokens, weights: Array) -> tuple[Array, Array, Gradients, Record]:
         def block(start: Any, size: int, state: Any) -> Any:
             total, divergences, (of_hidden, *sums), of_temperature = state
             part, own = _rows((tokens, weights), start, size)
@@ -267,22 +282,37 @@ def _weighted_sum_fwd(
         total, divergences, dhidden, dtemperature = vary((total, divergences, dhidden, dtemperature), rows)
         sums = vary(jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shared), rows | set(of.options.axis_name))
         state = total, divergences, Projection(dhidden, *sums), dtemperature
-        total, divergences, student, dtemperature = over_blocks(len(weights), plan.student.block_n, block, state)
-        return total, divergences, (student, dtemperature)
+        total, divergences, *grads = over_blocks(len(weights), plan.student.block_n, block, state)
+        like = jax.eval_shape(lambda: _forward(plan, of, tokens)[1])
+        record = vary(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), rows)
+        return total, divergences, cast(Gradients, tuple(grads)), record
 
-    total, divergences, grads = by_platform(plans, forward, tokens, weights)
-    return total, (tokens, divergences, grads)
+    def either(plan: Plan, *given: Any) -> tuple[Array, Array, Gradients, Record]:
+        total, divergences, grads, record = (stored if plan.keeps else recomputed)(plan, *given)
+        # As in `jaxce.linear.store`: nothing is left of what is not asked for, and no product is made for it.
+        grads = jax.tree.map(lambda asked, g: g if asked else jnp.zeros((0,), g.dtype), asked, grads)
+        return total, divergences, grads, record
+
+    total, *kept = by_platform(plans, either, tokens, weights)
+    return total, (tokens, weights, *kept)
 
 
 def _weighted_sum_bwd(
-    plans: Plans, of: Distillation, residuals: tuple[Tokens, Array, Gradients], ct: Array
+    plans: Plans, of: Distillation, residuals: tuple[Tokens, Array, Array, Gradients, Record], ct: Array
 ) -> tuple[Tokens, Array]:
-    tokens, divergences, grads = residuals
-    scaled: Gradients = jax.tree.map(lambda g: times(ct, g), grads)
-    return _rounded(scaled, tokens), ct * divergences
+    def backward(plan: Plan, tokens: Tokens, weights: Array, grads: Gradients, record: Record, ct: Array) -> Any:
+        own = tokens.models.student, tokens.examples.temperature
+        if not plan.keeps:
+            new = _backward(plan, of, tokens, factors(record, ct * weights))
+            return jax.tree.map(lambda x, g, n: n.astype(x.dtype) if g.shape == x.shape else None, own, grads, new)
+        return jax.tree.map(lambda x, g: times(ct, g).astype(x.dtype) if g.shape == x.shape else None, own, grads)
+
+    tokens, weights, divergences, *kept = residuals
+    student, temperature = by_platform(plans, backward, tokens, weights, *kept, ct)
+    return Tokens(cast(Any, Models(student, None)), Examples(temperature=temperature)), ct * divergences
 
 
-_weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
+_weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd, symbolic_zeros=True)
 
 
 def _rows(tree: Any, start: Any, size: int) -> Any:
@@ -353,7 +383,8 @@ def linear_distillation_loss(
       mode: `"store"` goes through blocks of tokens and computes the gradients along with the loss, two products for the
         logits and two for the gradients; it is for losses that are one number (`reduction` not "none"), and holds the
         logits of one block of tokens with the whole vocabulary. `"recompute"` goes through blocks of the vocabulary,
-        computes the logits of both models three times, and keeps a few numbers per token. None: "store" for one number.
+        computes the logits of both models three times, and keeps a few numbers per token. None: "store" for one number,
+        but on TPU.
       precision: of the matmuls, as in `jax.lax.dot_general`.
       tail: for a teacher of K classes, as in `jaxce.distillation_loss`.
 
@@ -370,7 +401,7 @@ def linear_distillation_loss(
       >>> teacher_hidden = jnp.array([[1.0, 0.2, -0.1]])
       >>> teacher_kernel = jnp.array([[0.1, -0.6, 1.5], [0.3, 0.0, 0.2], [0.2, 1.0, 0.4]])
       >>> print(jaxce.linear_distillation_loss(hidden, kernel, teacher_hidden, teacher_kernel))
-      [0.0]
+      [0.04240666]
 
     Note:
       Hsu et al., "Liger Kernel", 2024, section 3.2, for gradients computed along with the loss; the divergences as in
@@ -486,17 +517,18 @@ def _projection(prefix: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: An
 
 
 def _plans(N: Any, D: int, V: int, vocab_axes: tuple[int, int], precision: Any, mode: Any, reduction: str) -> Plans:
-    """Blocks of both modes, as large as those of `jaxce.linear.store` and `jaxce.linear.recompute` in all."""
-    stores = mode != "recompute" and reduction != "none" and isinstance(N, int)
-    block_n = costs.sizes(N, max(_KEPT // V, 8), 8)[0] if stores and N else 0
-    rows = block_n or (max(N, 1) if isinstance(N, int) else 8192)
-    block_v = costs.sizes(V, max(_PART // rows, 4 * costs.LANES), costs.LANES)[0]
+    may_keep = mode != "recompute" and reduction != "none" and isinstance(N, int) and N
 
-    def plan(on_cpu: bool) -> Plan:
+    def plan(platform: str) -> Plan:
+        kept = _KEPT[platform] or (_KEPT["gpu"] if mode == "store" else 0)
+        block_n = costs.sizes(N, max(kept // V, _LEAST), 8)[0] if may_keep and kept else 0
+        rows = block_n or (max(N, 1) if isinstance(N, int) else 8192)
+        block_v = costs.sizes(V, max(_PART[platform] // rows, 4 * costs.LANES), costs.LANES)[0]
+        on_cpu = platform == "cpu"
         schedule = Schedule(0, precision, block_n, block_v, block_v, widens=on_cpu, transposes=on_cpu)
         return Plan(*(schedule._replace(vocab_axis=axis) for axis in vocab_axes))
 
-    return plan(True), plan(False), plan(False)
+    return plan("cpu"), plan("tpu"), plan("gpu")
 
 
 @functools.partial(jax.jit, static_argnames=("of", "plans"))
@@ -515,7 +547,7 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
         return loss_of_models(of, Models(*both), examples)
     tokens = Tokens(*flat(batch, models, Examples(where=examples.where, temperature=examples.temperature)))
     tokens = reverse_mode_only(tokens)
-    if not plans[0].student.block_n:
+    if not any(plan.keeps for plan in plans):
         value = _divergences(plans, of, tokens).reshape(batch)
         given = (
             options,
