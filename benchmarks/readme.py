@@ -413,7 +413,6 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
     ),
     "gpu": (gpu_table, "h100-compiled.json"),
     "sharded": (sharded_table, "sharded.json"),
-    "posttraining": (posttraining_table, "posttraining.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
     "language-model": (language_model_table, "language-model/history.json"),
 }

@@ -101,11 +101,11 @@ def compose(
     like = terms.log_normalizer
     dtype, ones = like.dtype, jnp.ones_like(like)
     weights = ones if examples.weights is None else ones * jnp.broadcast_to(examples.weights, like.shape)
-    terms = jax.tree.map(lambda x: _zero_if_too_large(x, counts.unused), terms)
+    terms = jax.tree.map(lambda x: zero_if_too_large(x, counts.unused), terms)
 
     if examples.indices is None:
         target = terms.target
-        nll = target if unweighted is None else _zero_if_too_large(unweighted, counts.unused)
+        nll = target if unweighted is None else zero_if_too_large(unweighted, counts.unused)
     else:
         probs = entry_probs(examples.indices, examples.probs, options.ignore_index)
         idle = counts.unused[..., None] if probs is None else counts.unused[..., None] | (probs == 0)
@@ -181,7 +181,7 @@ def mean_divisor(options: Options, counts: Counts) -> tuple[Array, Array]:
     return jnp.where(nothing, 1, divisor), nothing
 
 
-def _zero_if_too_large(x: Array, unused: Array) -> Array:
+def zero_if_too_large(x: Array, unused: Array) -> Array:
     """`x`, but 0 in unused rows where it is not finite or so large that its square or a sum of such might not be."""
     unused = jnp.broadcast_to(unused.reshape(unused.shape + (1,) * (x.ndim - unused.ndim)), x.shape)
     limit = 1e-3 * float(jnp.finfo(x.dtype).max) ** 0.5

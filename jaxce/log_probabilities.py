@@ -12,7 +12,7 @@ from jax import Array
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Shared, checked
-from jaxce.compose import Counts
+from jaxce.compose import Counts, zero_if_too_large
 from jaxce.layout import classes_last, sharded_alike
 from jaxce.serialization import serializable
 from jaxce.sharding import shard_count
@@ -25,7 +25,8 @@ from jaxce.types import Array_, ArrayLike, Axis, AxisName, Implementation, takes
 class LogProbsAux(NamedTuple):
     """What `return_aux=True` returns beside the log-probabilities: four arrays of the batch shape.
 
-    All but `prediction` are in the working dtype and differentiable, alone or together with the log-probabilities.
+    All but `prediction` are in the working dtype and differentiable, alone or together with the log-probabilities. Of
+    rows that are left out, by `where` or with all ids ignored, they are finite and mean nothing.
 
     Attributes:
       entropy: −Σ_c p_c log p_c, in nats.
@@ -197,6 +198,7 @@ def composed(
     if options.ignore_index is not None:
         ignored = indices == options.ignore_index
     idle = ignored | counts.unused[..., None]
+    terms = jax.tree.map(lambda x: zero_if_too_large(x, counts.unused), terms)
     known = nan_where_unknown(indices, num_classes, idle).astype(terms.target.dtype)
     log_p = jnp.where(idle, 0, 0 - terms.target * known)
     if not options.return_aux:

@@ -181,6 +181,9 @@ def test_bad_rows(implementation, rng):
     np.testing.assert_array_equal(np.isnan(aux.tail[3:]), [True, True, False])
     assert not np.any(chosen[2])
     assert not np.any(dz[2])
+    assert all(np.isfinite(x[2]) for x in aux)
+    masked = jaxce.log_probs(z, ids[:, 0], where=np.arange(6) > 5, return_aux=True, implementation=implementation)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(masked))
     assert chosen[5, 1] == 0
 
 
