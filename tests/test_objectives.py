@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -28,8 +29,8 @@ from tests.test_linear import equations
 
 MEASURES = ("validation_loss", "bits_per_byte")
 EPS64 = float(np.finfo(np.float64).eps)
-SETTINGS = {
-    "distill": make_settings(objective="distill", width=64, steps=3),
+SETTINGS = {  # one size of network, and so few programs to compile
+    "distill": make_settings(objective="distill", steps=3),
     "dpo": make_settings(objective="dpo", steps=3, preference_steps=20),
 }
 
@@ -110,7 +111,7 @@ class Lookup(nnx.Module):
 
 def assert_same_loss_and_gradients(objective, naive, *arguments):
     """To within the roundings of a few hundred operations, in float64."""
-    (value, found), (wanted, expected) = (nnx.value_and_grad(f)(*arguments) for f in (objective, naive))
+    (value, found), (wanted, expected) = (nnx.jit(nnx.value_and_grad(f))(*arguments) for f in (objective, naive))
     np.testing.assert_allclose(value, wanted, rtol=500 * EPS64)
     leaves = jax.tree.leaves(expected)
     assert len(leaves) == 2
@@ -168,7 +169,6 @@ def test_students_differ_in_what_they_learn_from_alone(distilled):
     teacher, text, student = distilled.at_first.values()
     chex.assert_trees_all_equal(text, student)
     chex.assert_trees_all_equal(teacher, weights(distilled.stage.teacher))
-    assert [model.table.shape[1] for model in distilled.models().values()] == [64, 32, 32]
 
     np.testing.assert_array_equal(distilled.given["text"], distilled.given["distilled"])
     np.testing.assert_array_equal(distilled.given["text"], [distilled.stage.text.batch(step) for step in (1, 2, 3)])
@@ -185,9 +185,12 @@ def test_students_differ_in_what_they_learn_from_alone(distilled):
     ("given", "halved"), [((128, 4), (64, 2)), ((64, 3), (32, 1)), ((32, 1), (32, 1)), ((192, 5), (96, 2))]
 )
 @pytest.mark.every_case
-def test_half_the_width_and_layers_and_at_least_one_head_and_layer(given, halved):
-    settings = distillation.student_settings(make_settings(width=given[0], layers=given[1]))
-    assert (settings.width, settings.layers) == halved
+def test_students_have_half_the_width_and_layers_and_at_least_one_head_and_layer(given, halved, monkeypatch):
+    monkeypatch.setattr(distillation, "Trainer", lambda _, settings: settings)
+    settings = make_settings(width=given[0], layers=given[1])
+    students = Students(SimpleNamespace(model=None, data=None, settings=settings))
+    halved = dataclasses.replace(settings, width=halved[0], layers=halved[1])
+    assert students.text == students.distilled == students.settings == halved
 
 
 @pytest.mark.parametrize(
