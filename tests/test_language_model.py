@@ -226,6 +226,8 @@ def make_settings(**changes):
         batch_size=8,
         learning_rate=3e-3,
         seed=0,
+        objective="sft",
+        preference_steps=0,
     )
     return dataclasses.replace(plain, **changes)
 

@@ -84,6 +84,8 @@ ORDER = [
     "jaxce.examples.language_model.processes",
     "jaxce.examples.language_model.report",
     "jaxce.examples.language_model.training",
+    "jaxce.examples.language_model.distillation",
+    "jaxce.examples.language_model.preferences",
     "jaxce.examples.language_model.program",
     "jaxce.examples.language_model.__main__",
 ]

@@ -6,6 +6,8 @@
     python -m jaxce.examples.language_model --tokens bytes   256 classes instead of thousands
     python -m jaxce.examples.language_model --mode store     gradients in the forward pass
     python -m jaxce.examples.language_model --processes 2    each with half of the embedding table
+    python -m jaxce.examples.language_model --objective distill   a small student learns from the network
+    python -m jaxce.examples.language_model --objective dpo       preferences after the text, by log-probabilities
 
 The text is what comes with Python: its reference manual, and the licences and documentation of
 the installed packages. Nothing is downloaded. The embedding table [V, D] is the output layer too,

@@ -19,6 +19,7 @@ from jaxce.examples.language_model.program import work
 from jaxce.examples.language_model.training import Settings
 
 VOCAB_SIZE = 4096
+PREFERENCE_STEPS = 100
 
 positive = checked(float, "a finite number above 0", lambda x: 0 < x < math.inf)
 vocabulary = checked(int, f"a whole number from {BYTES} up", lambda n: n >= BYTES)
@@ -52,6 +53,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="linear_cross_entropy, or softmax_cross_entropy of logits in memory (default: %(default)s)",
     )
     loss.add_argument("--mode", choices=("recompute", "store"), help="of the fused loss (default: chosen by jaxce)")
+
+    loss.add_argument(
+        "--objective",
+        choices=("sft", "distill", "dpo"),
+        default="sft",
+        help="learn from text alone; then distill into a student of half the width and layers; or then prefer the "
+        "text's own continuations to others (default: %(default)s)",
+    )
+    loss.add_argument(
+        "--preference-steps", type=positive_integer, help=f"of dpo, after those on text (default: {PREFERENCE_STEPS})"
+    )
 
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument(
@@ -91,10 +103,33 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         raise UsageError(
             f"--vocab-size: expected none with --tokens bytes, which are {BYTES}, got {arguments.vocab_size}."
         )
+    if arguments.objective != "sft":
+        check_objective(arguments)
+    if arguments.preference_steps and arguments.objective != "dpo":
+        raise UsageError(
+            f"--preference-steps: expected none with --objective {arguments.objective}, which has no preferences, "
+            f"got {arguments.preference_steps}."
+        )
     chosen = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Settings)}
     if arguments.tokens == "pairs" and arguments.vocab_size is None:
         chosen["vocab_size"] = VOCAB_SIZE
+    chosen["preference_steps"] = 0
+    if arguments.objective == "dpo":
+        chosen["preference_steps"] = arguments.preference_steps or PREFERENCE_STEPS
     return Settings(**chosen)
+
+
+def check_objective(arguments: argparse.Namespace) -> None:
+    objective = f"with --objective {arguments.objective}"
+    if arguments.loss != "fused":
+        raise UsageError(f"--loss: expected fused {objective}, which never holds the logits, got {arguments.loss}.")
+    if arguments.processes > 1:
+        raise UsageError(f"--processes: expected 1 {objective}, got {arguments.processes}.")
+    if arguments.objective == "distill" and arguments.width != HEAD_SIZE and arguments.width % (2 * HEAD_SIZE):
+        raise UsageError(
+            f"--width: expected {HEAD_SIZE} or a multiple of {2 * HEAD_SIZE} {objective}, whose students have half of "
+            f"it in attention heads of {HEAD_SIZE}, got {arguments.width}."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from jaxce.examples.common import start_warning, surroundings
@@ -24,6 +26,15 @@ def bits_per_byte(nats: float, byte_count: int) -> float:
     return nats / math.log(2) / byte_count
 
 
+class Tested(Protocol):
+    """What held-out text says of a network; as a string, its columns in a row."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+T = TypeVar("T", bound=Tested)
+
+
 class Measures(NamedTuple):
     """How well a text is predicted."""
 
@@ -35,27 +46,32 @@ class Measures(NamedTuple):
         """Guessing among so many tokens, all alike, would cost as much."""
         return math.exp(self.loss)
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    step: int
-    train_loss: float  # the mean since the row before
-    validation: Measures
-    seconds: float  # since the row before
-
     def __str__(self) -> str:
-        return (
-            f"{self.step:6d}   {self.train_loss:10.4f}   {self.validation.loss:15.4f}   "
-            f"{self.validation.perplexity:10.2f}   {self.validation.bits_per_byte:13.3f}   {self.seconds:7.1f}"
-        )
+        return f"{self.loss:15.4f}   {self.perplexity:10.2f}   {self.bits_per_byte:13.3f}"
 
     def as_dict(self) -> dict[str, float]:
         return {
+            "validation_loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(Generic[T]):
+    step: int
+    train_loss: float  # the mean since the row before
+    validation: T
+    seconds: float  # since the row before
+
+    def __str__(self) -> str:
+        return f"{self.step:6d}   {self.train_loss:10.4f}   {self.validation}   {self.seconds:7.1f}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
             "step": self.step,
             "train_loss": self.train_loss,
-            "validation_loss": self.validation.loss,
-            "perplexity": self.validation.perplexity,
-            "bits_per_byte": self.validation.bits_per_byte,
+            **self.validation.as_dict(),
             "seconds": self.seconds,
         }
 
@@ -82,7 +98,7 @@ class Yardsticks:
 
 
 def write_history(
-    path: Path, about: dict[str, Any], yardsticks: Yardsticks, start: Measures, rows: Sequence[Row]
+    path: Path, about: dict[str, Any], yardsticks: Yardsticks, start: Measures, rows: Sequence[Row[Measures]]
 ) -> None:
     """Write the rows, with ``about``: what the run was asked to do, and on which data."""
     history = about | {
@@ -95,25 +111,36 @@ def write_history(
     path.write_text(json.dumps(history, indent=2) + "\n")
 
 
-def plot_history(path: Path, title: str, yardsticks: Yardsticks, start: Measures, rows: Sequence[Row]) -> None:
-    steps = [row.step for row in rows]
-    validation = [start, *(row.validation for row in rows)]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+@contextlib.contextmanager
+def panels(path: Path, title: str, count: int = 2) -> Iterator[list[Axes]]:
+    """Empty panels side by side, by step; written to ``path`` once they are filled."""
+    figure = Figure(figsize=(5 * count, 4), layout="constrained")
     figure.suptitle(title)
-    losses, bits = figure.subplots(1, 2, sharex=True)
-
-    losses.axhline(yardsticks.chance_loss, color="0.5", linestyle="--", label=f"guessing, ln {yardsticks.vocab_size}")
-    losses.axhline(yardsticks.unigram_entropy, color="0.5", linestyle=":", label="token frequencies alone")
-    losses.plot(steps, [row.train_loss for row in rows], "o-", label="training, since the point before")
-    losses.plot([0, *steps], [measures.loss for measures in validation], "o-", label="validation")
-    losses.set(ylabel="cross-entropy (nats per token)", ylim=(0, None))
-    losses.legend(loc="lower left")
-
-    bits.plot([0, *steps], [measures.bits_per_byte for measures in validation], "o-", color="C1", label="validation")
-    bits.set(ylabel="bits per byte", ylim=(0, None))
-    bits.legend(loc="lower left")
-
-    for axes in (losses, bits):
+    filled = list(figure.subplots(1, count, sharex=True))
+    yield filled
+    for axes in filled:
         axes.set(xlabel="step")
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="lower left")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def plot_history(
+    path: Path, title: str, yardsticks: Yardsticks, start: Measures, rows: Sequence[Row[Measures]]
+) -> None:
+    steps = [row.step for row in rows]
+    validation = [start, *(row.validation for row in rows)]
+    with panels(path, title) as (losses, bits):
+        losses.axhline(
+            yardsticks.chance_loss, color="0.5", linestyle="--", label=f"guessing, ln {yardsticks.vocab_size}"
+        )
+        losses.axhline(yardsticks.unigram_entropy, color="0.5", linestyle=":", label="token frequencies alone")
+        losses.plot(steps, [row.train_loss for row in rows], "o-", label="training, since the point before")
+        losses.plot([0, *steps], [measures.loss for measures in validation], "o-", label="validation")
+        losses.set(ylabel="cross-entropy (nats per token)", ylim=(0, None))
+
+        bits.plot(
+            [0, *steps], [measures.bits_per_byte for measures in validation], "o-", color="C1", label="validation"
+        )
+        bits.set(ylabel="bits per byte", ylim=(0, None))

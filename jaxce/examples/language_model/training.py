@@ -48,6 +48,8 @@ class Settings:
     batch_size: int
     learning_rate: float
     seed: int
+    objective: str
+    preference_steps: int  # after those on text; 0 unless the objective is "dpo"
 
 
 # The loss, in either form.
@@ -126,8 +128,12 @@ class Trainer:
         if mesh is not None:
             processes.place(self.optimizer, mesh)
         loss = make_loss(settings.loss, settings.mode, mesh)
-        self._train_step = make_train_step(loss)
-        self._test_step = make_test_step(loss)
+
+        def objective(model: LanguageModel, windows: jax.Array) -> jax.Array:
+            return loss(model(windows[:, :-1]), model.table, windows[:, 1:])
+
+        self._train_step = make_train_step(objective)
+        self._test_step: Callable[..., jax.Array] = nnx.jit(objective)
 
     @property
     def parameters(self) -> int:
@@ -154,18 +160,21 @@ class Trainer:
         return Measures(nats / targets.size, bits_per_byte(nats, byte_count))
 
     def validation_windows(self) -> np.ndarray:
-        """Windows that overlap by one token, so that each token but the first is predicted once.
-
-        What is left at the end and fills no window sits out.
-        """
-        context = self.settings.context
-        return np.lib.stride_tricks.sliding_window_view(self.data.validation, context + 1)[::context]
+        return consecutive_windows(self.data.validation, self.settings.context)
 
     def sample(self) -> str:
         """Text that the model makes up."""
         prompt = self.data.tokenizer.encode(SAMPLE_PROMPT)[-self.settings.context :]
         tokens = generate(self.model, prompt, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, self.settings.seed)
         return self.data.tokenizer.decode(tokens)
+
+
+def consecutive_windows(tokens: np.ndarray, context: int) -> np.ndarray:
+    """Windows ``[B, T + 1]`` that overlap by one token, so that each token but the first is predicted once.
+
+    What is left at the end and fills no window sits out.
+    """
+    return np.lib.stride_tricks.sliding_window_view(tokens, context + 1)[::context]
 
 
 def make_optimizer(model: LanguageModel, settings: Settings) -> nnx.Optimizer[LanguageModel]:
@@ -188,25 +197,13 @@ def make_optimizer(model: LanguageModel, settings: Settings) -> nnx.Optimizer[La
     return nnx.Optimizer(model, descent, wrt=nnx.Param)
 
 
-def make_train_step(loss: Loss) -> Callable[..., jax.Array]:
-    """The step ``(model, optimizer, windows) -> loss``, which updates the first two."""
+def make_train_step(objective: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The step ``(model, optimizer, *inputs) -> objective(model, *inputs)``, which updates the first two."""
 
-    def train_step(model: LanguageModel, optimizer: nnx.Optimizer[LanguageModel], windows: jax.Array) -> jax.Array:
-        def objective(model: LanguageModel) -> jax.Array:
-            return loss(model(windows[:, :-1]), model.table, windows[:, 1:])
-
+    def train_step(model: LanguageModel, optimizer: nnx.Optimizer[LanguageModel], *inputs: Any) -> jax.Array:
         value: jax.Array
-        value, gradients = nnx.value_and_grad(objective)(model)
+        value, gradients = nnx.value_and_grad(objective)(model, *inputs)
         optimizer.update(model, gradients)
         return value
 
     return nnx.jit(train_step, donate_argnums=(0, 1))
-
-
-def make_test_step(loss: Loss) -> Callable[..., jax.Array]:
-    """The step ``(model, windows) -> loss``."""
-
-    def test_step(model: LanguageModel, windows: jax.Array) -> jax.Array:
-        return loss(model(windows[:, :-1]), model.table, windows[:, 1:])
-
-    return nnx.jit(test_step)
