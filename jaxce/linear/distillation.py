@@ -358,8 +358,8 @@ def linear_distillation_loss(
 
     .. math:: \mathrm{distillation\_loss}(h W + b,\ g U + a, \ldots)
 
-    in value and in every gradient. Logits exist one block at a time, in float32; two language models with N tokens and
-    V classes need no memory that grows with N·V. The teacher is a constant: its gradients are 0.
+    in value and in every gradient. Logits exist one block at a time, in float32: from a block on, two language models
+    with N tokens and V classes need no memory that grows with N·V. The teacher is a constant: its gradients are 0.
 
     Args:
       hidden: the student's, floats `[..., D]`.
