@@ -414,6 +414,8 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
     "gpu": (gpu_table, "h100-compiled.json"),
     "sharded": (sharded_table, "sharded.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
+    "cifar10-full": (cifar10_table, "cifar10-full/history.json"),
+    "posttraining": (posttraining_table, "posttraining.json"),
     "language-model": (language_model_table, "language-model/history.json"),
 }
 
