@@ -173,6 +173,8 @@ def reduce(options: Options, loss: Array, counts: Counts) -> Array:
 
 def mean_divisor(options: Options, counts: Counts) -> tuple[Array, Array]:
     """What the sum of the losses is divided by; and whether that is nothing: then the mean is 0, with gradient 0."""
+    if options.reduction == "sum":
+        return jnp.ones((), counts.weight.dtype), jnp.zeros((), jnp.bool_)
     divisor = jnp.sum(counts.weight)
     if options.reduction == "mean_count":
         divisor = jnp.sum(counts.counted.astype(divisor.dtype))

@@ -35,13 +35,14 @@ from jaxce.divergence import (
 )
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.log_probabilities import LogProbsAux, log_probs
+from jaxce.lookup import repeated_entries, same_entries
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import mask_like, shard_count, sum_over, vary, varying
+from jaxce.sharding import mask_like, sum_over, vary, varying
 from jaxce.stats import Terms, finite, merge_shards, tempered, working_dtype
 from jaxce.sums import Rows, effective, row_stats
-from jaxce.targets import SparseTargets, Targets, class_indices
-from jaxce.types import ArrayLike, Axis, AxisName, DivergenceName, Implementation, Reduction, array_of, takes_variables
+from jaxce.targets import SparseTargets, Targets, checked_sparse
+from jaxce.types import ArrayLike, Axis, AxisName, DivergenceName, Implementation, Reduction, takes_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _loss(logits: Array, examples: Examples, *, axes: tuple[int, ...], of: Disti
 def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) -> Array:
     """The loss, from checked arguments with the classes last."""
     options, names = of.options, of.options.axis_name
-    dtype, where, V = _joint_dtype(*models), examples.where, models.student.shape[-1]
+    dtype, where = _joint_dtype(*models), examples.where
     classes = None if where is None else sum_over(class_count(where, models.student.shape), names)
     if options.implementation == "autodiff":
         # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
@@ -230,9 +231,14 @@ def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) 
         models, rest = rows
         student, rest = reverse_mode_only((models.student, rest))
         value = row_divergence(of, models._replace(student=student), rest)
-    counts = who_counts(options, examples, Shared(), value, classes)
+    return composed(of, value, examples, who_counts(options, examples, Shared(), value, classes))
+
+
+def composed(of: Distillation, value: Array, examples: Examples, counts: Counts) -> Array:
+    """The loss, from the divergence of each row."""
     terms = Terms(jnp.zeros_like(value), value)
-    return cast(Array, compose(options, terms, examples, Shared(), counts, V * shard_count(names)))
+    num_classes = 1  # of which nothing depends without smoothing and class indices
+    return cast(Array, compose(of.options, terms, examples, Shared(), counts, num_classes))
 
 
 def _zero_unless(kept: Array, x: Array) -> Array:
@@ -286,10 +292,7 @@ def top_k_loss(
     `full` and `class_axes` are those of the student's logits, whose dtype it is.
     """
     batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
-    indices, _ = class_indices(f"{name}.indices", array_of(teacher.indices), None)
-    checks.indices(f"{name}.indices", indices, batch, full, sparse=True)
-    probs = checks.float_array(f"{name}.probs", array_of(teacher.probs))
-    checks.probabilities(f"{name}.probs", probs, indices.shape)
+    indices, probs, _ = checked_sparse(name, teacher, batch, full, dtype)
     if options["teacher_logit_softcap"] is not None:
         given = repr(options["teacher_logit_softcap"])
         checks.fail(ValueError, "teacher_logit_softcap", "None beside a teacher's probabilities", given)
@@ -298,7 +301,6 @@ def top_k_loss(
     if examples.where is not None:
         count = jnp.sum(examples.where, tuple(class_axes), dtype=jnp.int32)
         classes = sum_over(jnp.broadcast_to(count, batch), of.options.axis_name)
-    probs = probs.astype(working_dtype(dtype))
     counts = who_counts(of.options, examples, Shared(), jnp.sum(probs, -1), classes)
     # Entries of probability 0 count for nothing, whatever their index.
     idle = counts.unused[..., None] | (probs == 0)
@@ -325,19 +327,15 @@ def _of_top_k(
     tail: bool,
 ) -> Array:
     idle, unused = ids == _IDLE, counts.unused
-    same = (ids[..., :, None] == ids[..., None, :]) & ~idle[..., None]
-    first = ~jnp.any(jnp.tril(same, -1), -1) & ~idle
-    p = jnp.where(idle, 0, p)
-    p = jnp.where(first, jnp.sum(jnp.where(same, p[..., None, :], 0), -1), 0)  # of the same class given twice
+    first = ~(repeated_entries(ids) | idle)
+    p = jnp.where(first, jnp.sum(jnp.where(same_entries(ids), p[..., None, :], 0), -1), 0)  # of a class given twice
     log_q = jnp.where(first | jnp.isnan(log_q), log_q, -jnp.inf)
     mass = jnp.sum(p, -1)
     rest = jnp.maximum(_left_of_one(p), 0) if tail else jnp.zeros_like(mass)
     rest = jnp.where(mass > _MOST, jnp.nan, rest) if tail else rest
     log_rest = jnp.where(unused, 0, log_rest)
     p, log_q = (jnp.concatenate([x, y[..., None]], -1) for x, y in ((p, rest), (log_q, log_rest)))
-    value = divergence_of_log_probs(of.divergence, log_q, p, whole=tail)
-    terms = Terms(jnp.zeros_like(value), value)
-    return cast(Array, compose(of.options, terms, examples, Shared(), counts, p.shape[-1]))
+    return composed(of, divergence_of_log_probs(of.divergence, log_q, p, whole=tail), examples, counts)
 
 
 def _left_of_one(p: Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxce.arguments import Examples, Options, Shared
-from jaxce.lookup import put
+from jaxce.lookup import put, same_entries
 from jaxce.reverse_mode import is_symbolic_zero, materialised
 from jaxce.sharding import mask_like
 from jaxce.stats import RowStats, Terms, shift, times
@@ -143,8 +143,7 @@ def _at_targets(
     With c the sum of the cotangents of all entries on this class, p·a − c = p·(a − c) − (1 − p)·c, and the mass of all
     the other classes, 1 − p, is (rest − expm1(z − max))/(1 + rest): two numbers of one sign.
     """
-    same = indices[..., :, None] == indices[..., None, :]
-    c = jnp.sum(jnp.where(same, target[..., None, :], jnp.zeros_like(target[..., None, :])), -1)
+    c = jnp.sum(jnp.where(same_entries(indices), target[..., None, :], jnp.zeros_like(target[..., None, :])), -1)
     others = rest[..., None] - jnp.expm1(below)
     value = jnp.exp(below) * (inverse[..., None] * (a[..., None] - c)) - (inverse[..., None] * c) * others
     if entropy is not None:

@@ -14,6 +14,7 @@ from jaxce import checks
 from jaxce.arguments import Examples, Options, Shared, checked
 from jaxce.compose import Counts, zero_if_too_large
 from jaxce.layout import classes_last, sharded_alike
+from jaxce.lookup import repeated_entries
 from jaxce.serialization import serializable
 from jaxce.sharding import shard_count
 from jaxce.softmax import rows_of_logits
@@ -204,9 +205,7 @@ def composed(
     if not options.return_aux:
         return log_p
     # A mass of nearly 1 has the digits of its logarithm in what it lacks: the probabilities of the ids.
-    same = indices[..., :, None] == indices[..., None, :]
-    repeated = jnp.any(jnp.tril(same, -1), -1)
-    mass = jnp.sum(jnp.where(repeated | ignored, 0, jnp.exp(log_p)), -1)
+    mass = jnp.sum(jnp.where(repeated_entries(indices) | ignored, 0, jnp.exp(log_p)), -1)
     assert terms.entropy is not None  # the aux record is why it was computed
     assert terms.tail is not None
     assert prediction is not None

@@ -12,6 +12,16 @@ from jaxce.sharding import class_numbers, explicitly_sharded
 _MAX_COMPARED = 8
 
 
+def same_entries(indices: Array) -> Array:
+    """Which of the K indices `[..., K]` are the same number, `[..., K, K]`."""
+    return indices[..., :, None] == indices[..., None, :]
+
+
+def repeated_entries(indices: Array) -> Array:
+    """Which of the K indices are the same number as one before them."""
+    return jnp.any(jnp.tril(same_entries(indices), -1), -1)
+
+
 def pick(array: Array, indices: Array) -> Array:
     """The values `[..., K]` of `array [..., V]` at `indices [..., K]`; 0 for an index outside the row."""
     if explicitly_sharded(array, indices):  # a gather would have to be told how its result is sharded

@@ -61,6 +61,11 @@ def sum_over(tree: Tree, axes: AxisNames) -> Tree:
     return lax.psum(tree, axes) if axes else tree
 
 
+def sum_like(dx: Array, x: Array) -> Array:
+    """The gradient in what devices share, of which each has the part from its own classes."""
+    return sum_over(dx, tuple(sorted(varying(dx) - varying(x))))
+
+
 def shard_count(axes: AxisNames) -> int:
     return lax.axis_size(axes) if axes else 1
 

@@ -67,13 +67,7 @@ def sort_by_kind(
     as logits. The last result is the number that ignored labels have in the first.
     """
     if isinstance(targets, SparseTargets):
-        targets = SparseTargets(array_of(targets.indices), array_of(targets.probs))
-        indices, ignored = class_indices("targets.indices", targets.indices, ignore_index)
-        checks.indices("targets.indices", indices, batch, full, sparse=True)
-        probs = checks.float_array("targets.probs", targets.probs)
-        checks.probabilities("targets.probs", probs, indices.shape)
-        # In the working dtype: where they are used more than once, their gradients are added before they are rounded.
-        return indices, probs.astype(working_dtype(dtype)), ignored
+        return checked_sparse("targets", targets, batch, full, dtype, ignore_index)
     if isinstance(targets, Ids):
         indices, ignored = class_indices(name, targets.ids, ignore_index)
         checks.ids(name, indices, batch)
@@ -94,6 +88,23 @@ def sort_by_kind(
         hint = "Give the examples to leave out weight 0: weights=mask."
         checks.fail(ValueError, "ignore_index", "None for probability targets", repr(ignore_index), hint)
     return None, probs, None
+
+
+def checked_sparse(
+    name: str,
+    targets: SparseTargets,
+    batch: tuple[int, ...],
+    full: tuple[int, ...],
+    dtype: DTypeLike,
+    ignore_index: int | None = None,
+) -> tuple[Array, Array, int | None]:
+    """`sort_by_kind` of sparse probabilities."""
+    indices, ignored = class_indices(f"{name}.indices", array_of(targets.indices), ignore_index)
+    checks.indices(f"{name}.indices", indices, batch, full, sparse=True)
+    probs = checks.float_array(f"{name}.probs", array_of(targets.probs))
+    checks.probabilities(f"{name}.probs", probs, indices.shape)
+    # In the working dtype: where they are used more than once, their gradients are added before they are rounded.
+    return indices, probs.astype(working_dtype(dtype)), ignored
 
 
 def class_indices(name: str, x: Any, ignore_index: int | None) -> tuple[Array, int | None]:

@@ -37,16 +37,9 @@ def checked_linear(
     precision: Any = None,
     **options: Any,
 ) -> tuple[Projection, Examples, Shared, Options, blocks.Schedules, Problem]:
-    hidden = checks.float_array("hidden", hidden, targets, targets_name)
-    kernel = checks.float_array("kernel", kernel, targets, targets_name)
-    *batch, D = hidden.shape
-    checks.one_of("vocab_axis", vocab_axis, (0, 1, -2, -1))
-    vocab_axis %= 2
-    checks.kernel(kernel, D, vocab_axis)
-    V = kernel.shape[vocab_axis]
-    checks.num_classes("kernel", V)
-    if bias is not None:
-        bias = checks.bias(bias, V)
+    projection, vocab_axis = checked_projection(hidden, kernel, bias, vocab_axis, targets, targets_name)
+    hidden, kernel, _ = projection
+    (*batch, D), V = hidden.shape, kernel.shape[vocab_axis]
     dtype = matmul_dtype(hidden.dtype, kernel.dtype)
     examples, shared, constants = checked(targets, (*batch, V), (len(batch),), dtype, targets_name, **options)
     checks.split_over("kernel", kernel, constants.axis_name, "classes")
@@ -77,7 +70,31 @@ def checked_linear(
         mask_per_token=examples.where is not None and any(n != 1 for n in examples.where.shape[:-1]),
     )
     schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget, plan)
-    return Projection(hidden, kernel, bias), examples, shared, constants, schedules, problem
+    return projection, examples, shared, constants, schedules, problem
+
+
+def checked_projection(
+    hidden: Any,
+    kernel: Any,
+    bias: Any,
+    vocab_axis: Any,
+    targets: Any = None,
+    targets_name: str = "targets",
+    *,
+    prefix: str = "",
+) -> tuple[Projection, int]:
+    """A model, whose arguments have names that begin so, and which axis of its kernel has the classes, 0 or 1.
+
+    targets: with which hidden states or kernel may have been swapped.
+    """
+    hidden = checks.float_array(f"{prefix}hidden", hidden, targets, targets_name)
+    kernel = checks.float_array(f"{prefix}kernel", kernel, targets, targets_name)
+    checks.one_of(f"{prefix}vocab_axis", vocab_axis, (0, 1, -2, -1))
+    vocab_axis %= 2
+    checks.kernel(kernel, hidden.shape[-1], vocab_axis, prefix)
+    V = kernel.shape[vocab_axis]
+    checks.num_classes(f"{prefix}kernel", V)
+    return Projection(hidden, kernel, None if bias is None else checks.bias(bias, V, f"{prefix}bias")), vocab_axis
 
 
 def check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:

@@ -69,6 +69,13 @@ def put(whole: Array, part: Array, start: Any, axis: int) -> Array:
     return lax.dynamic_update_slice_in_dim(whole, part.astype(whole.dtype), start, axis % whole.ndim)
 
 
+def put_or_add(whole: Array, part: Array, start: Any, axis: int, add: bool) -> Array:
+    """`put`, or with `add` the sum of what is there and the part."""
+    if add:
+        part = take(whole, start, part.shape[axis % part.ndim], axis) + part.astype(whole.dtype)
+    return put(whole, part, start, axis)
+
+
 def row_major(x: Array) -> Array:
     """`x`, on TPU laid out in memory with its last axis innermost."""
     laid_out: Array = _row_major_p.bind(x)

@@ -22,12 +22,13 @@ from jax.lax import PrecisionLike
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared
-from jaxce.compose import Counts, compose, mean_divisor, who_counts
+from jaxce.compose import Counts, mean_divisor, who_counts
 from jaxce.distillation import (
     Distillation,
     Factors,
     Record,
     checked_distillation,
+    composed,
     factors,
     gradient_of_classes,
     loss_of_models,
@@ -37,12 +38,13 @@ from jaxce.distillation import (
 )
 from jaxce.divergence import Models, Side, Sums, side_of
 from jaxce.linear import VocabAxis, blocks, costs, mesh
-from jaxce.linear.arguments import check_mode, flat, without_unused
-from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, take
+from jaxce.linear.arguments import check_mode, checked_projection, flat, without_unused
+from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, put_or_add, take
 from jaxce.linear.log_probabilities import linear_log_probs
+from jaxce.linear.store import only_asked, scaled, those_asked
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import explicit_mesh, shard_count, sum_over, vary, varying
-from jaxce.stats import RowStats, Terms, finite, matmul_dtype, merge, merge_shards, times, working_dtype
+from jaxce.sharding import explicit_mesh, sum_like, sum_over, vary, varying
+from jaxce.stats import RowStats, finite, matmul_dtype, merge, merge_shards, times, working_dtype
 from jaxce.sums import Rows, row_stats
 from jaxce.targets import SparseTargets, Targets
 from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mode, Reduction, takes_variables
@@ -136,7 +138,7 @@ def _backward(
 ) -> Gradients:
     """With `sums`, of kernel and bias, which tokens share, theirs are added to them."""
     (hidden, kernel, bias), schedule = tokens.models.student, plan.student
-    dtype, n, V = _working(tokens.models), *_shape(plan, tokens.models)
+    dtype, (_, V) = _working(tokens.models), _shape(plan, tokens.models)
     hidden_t = lax.optimization_barrier(hidden.T) if schedule.transposes else None
 
     def block(start: Any, size: int, state: tuple[Array, Array, Array | None, Array | None]) -> Any:
@@ -146,30 +148,21 @@ def _backward(
         part = take(kernel, start, size, schedule.vocab_axis)
         dhidden, dkernel = gradients(dz, hidden, part, schedule, hidden_t)
 
-        def written(whole: Array, part: Array, axis: int) -> Array:
-            if sums is not None:
-                part = take(whole, start, size, axis) + part.astype(whole.dtype)
-            return put(whole, part, start, axis)
-
-        of_kernel = written(of_kernel, dkernel, schedule.vocab_axis)
+        of_kernel = put_or_add(of_kernel, dkernel, start, schedule.vocab_axis, add=sums is not None)
         if of_bias is not None:
-            of_bias = written(of_bias, jnp.sum(dz, 0), 0)
+            of_bias = put_or_add(of_bias, jnp.sum(dz, 0), start, 0, add=sums is not None)
         if of_temperature is not None and dtemperature is not None:
             of_temperature = of_temperature + dtemperature
         return of_hidden + dhidden, of_kernel, of_bias, of_temperature
 
     by_class = jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), (kernel, bias)) if sums is None else sums
-    rows = jnp.zeros(hidden.shape, dtype), None if tokens.examples.temperature is None else jnp.zeros(n, dtype)
-    state = vary((rows[0], *by_class, rows[1]), varying(tokens))
+    temperature = tokens.examples.temperature
+    dtemperature = None if temperature is None else jnp.zeros_like(temperature)
+    state = vary((jnp.zeros(hidden.shape, dtype), *by_class, dtemperature), varying(tokens))
     dhidden, dkernel, dbias, dtemperature = over_blocks(V, schedule.backward_v, block, state)
-
-    def whole(dx: Array, x: Array) -> Array:
-        """Of what devices share, each has the gradient from its own classes."""
-        return sum_over(dx, tuple(sorted(varying(dx) - varying(x))))
-
-    if dtemperature is not None and tokens.examples.temperature is not None:
-        dtemperature = whole(dtemperature, tokens.examples.temperature)
-    return Projection(whole(dhidden, hidden), dkernel, dbias), dtemperature
+    if dtemperature is not None and temperature is not None:
+        dtemperature = sum_like(dtemperature, temperature)
+    return Projection(sum_like(dhidden, hidden), dkernel, dbias), dtemperature
 
 
 def _working(models: Models[Projection]) -> jnp.dtype:
@@ -289,9 +282,7 @@ def _weighted_sum_fwd(
 
     def either(plan: Plan, *given: Any) -> tuple[Array, Array, Gradients, Record]:
         total, divergences, grads, record = (stored if plan.keeps else recomputed)(plan, *given)
-        # As in `jaxce.linear.store`: nothing is left of what is not asked for, and no product is made for it.
-        grads = jax.tree.map(lambda asked, g: g if asked else jnp.zeros((0,), g.dtype), asked, grads)
-        return total, divergences, grads, record
+        return total, divergences, only_asked(asked, grads), record
 
     total, *kept = by_platform(plans, either, tokens, weights)
     return total, (tokens, weights, *kept)
@@ -304,8 +295,8 @@ def _weighted_sum_bwd(
         own = tokens.models.student, tokens.examples.temperature
         if not plan.keeps:
             new = _backward(plan, of, tokens, factors(record, ct * weights))
-            return jax.tree.map(lambda x, g, n: n.astype(x.dtype) if g.shape == x.shape else None, own, grads, new)
-        return jax.tree.map(lambda x, g: times(ct, g).astype(x.dtype) if g.shape == x.shape else None, own, grads)
+            return those_asked(grads, jax.tree.map(lambda x, n: n.astype(x.dtype), own, new))
+        return scaled(ct, own, grads)
 
     tokens, weights, divergences, *kept = residuals
     student, temperature = by_platform(plans, backward, tokens, weights, *kept, ct)
@@ -450,11 +441,12 @@ def _of_top_k(tail: bool, arguments: dict[str, Any]) -> Array:
     if arguments["mode"] == "store":
         hint = "Leave it out: the log-probabilities of the teacher's classes take mode 'recompute'."
         checks.fail(ValueError, "mode", "None or 'recompute' beside a teacher's probabilities", "'store'", hint)
-    student = _projection("", *(arguments[name] for name in ("hidden", "kernel", "bias", "vocab_axis")))
+    names = "hidden", "kernel", "bias", "vocab_axis"
+    student, vocab_axis = checked_projection(*(arguments[name] for name in names))
     own = {name: arguments[name] for name in ("vocab_axis", "bias", "mode", "precision")}
     of_student = functools.partial(linear_log_probs, student.hidden, student.kernel, **own)
     *batch, _ = student.hidden.shape
-    full = (*batch, student.kernel.shape[arguments["vocab_axis"] % 2])
+    full = (*batch, student.kernel.shape[vocab_axis])
     kept = {name: x for name, x in arguments.items() if name not in {*own, *_OF_MODELS}}
     dtype = matmul_dtype(student.hidden.dtype, student.kernel.dtype)
     return top_k_loss(of_student, "teacher_hidden", arguments["teacher_hidden"], tail, full, (len(batch),), dtype, kept)
@@ -485,15 +477,15 @@ def _checked(
     precision: Any,
     **options: Any,
 ) -> tuple[Models[Projection], Examples, Distillation, Plans]:
-    student = _projection("", hidden, kernel, bias, vocab_axis)
-    teacher = _projection("teacher_", teacher_hidden, teacher_kernel, teacher_bias, teacher_vocab_axis)
-    vocab_axes = vocab_axis % 2, teacher_vocab_axis % 2
-    *batch, D = student.hidden.shape
-    V = student.kernel.shape[vocab_axes[0]]
+    student, own_axis = checked_projection(hidden, kernel, bias, vocab_axis)
+    of_teacher = teacher_hidden, teacher_kernel, teacher_bias, teacher_vocab_axis
+    teacher, other_axis = checked_projection(*of_teacher, prefix="teacher_")
+    *batch, _ = student.hidden.shape
+    V = student.kernel.shape[own_axis]
     if teacher.hidden.shape[:-1] != tuple(batch):
         expected = f"shape {(*batch, 'E')}, hidden states of the same tokens"
         checks.fail(ValueError, "teacher_hidden", expected, checks.describe(teacher.hidden))
-    if (found := teacher.kernel.shape[vocab_axes[1]]) != V:
+    if (found := teacher.kernel.shape[other_axis]) != V:
         hint = "Both models need the same vocabulary: leave out what one of them has at the end, kernel[:, :V]."
         checks.fail(ValueError, "teacher_kernel", f"{V} classes, as kernel has", f"{found}", hint)
     models = Models(student, teacher)
@@ -503,20 +495,11 @@ def _checked(
         checks.split_over(f"{prefix}kernel", model.kernel, of.options.axis_name, "classes")
         checks.split_over(f"{prefix}hidden", model.hidden, of.options.batch_axis_name, "tokens")
     check_mode(mode, None, of.options)
-    return models, examples, of, _plans(math.prod(batch), D, V, vocab_axes, precision, mode, of.options.reduction)
+    plans = _plans(math.prod(batch), V, (own_axis, other_axis), precision, mode, of.options.reduction)
+    return models, examples, of, plans
 
 
-def _projection(prefix: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: Any) -> Projection:
-    hidden = checks.float_array(f"{prefix}hidden", hidden)
-    kernel = checks.float_array(f"{prefix}kernel", kernel)
-    checks.one_of(f"{prefix}vocab_axis", vocab_axis, (0, 1, -2, -1))
-    checks.kernel(kernel, hidden.shape[-1], vocab_axis % 2, prefix)
-    V = kernel.shape[vocab_axis % 2]
-    checks.num_classes(f"{prefix}kernel", V)
-    return Projection(hidden, kernel, None if bias is None else checks.bias(bias, V, f"{prefix}bias"))
-
-
-def _plans(N: Any, D: int, V: int, vocab_axes: tuple[int, int], precision: Any, mode: Any, reduction: str) -> Plans:
+def _plans(N: Any, V: int, vocab_axes: tuple[int, int], precision: Any, mode: Any, reduction: str) -> Plans:
     may_keep = mode != "recompute" and reduction != "none" and isinstance(N, int) and N
 
     def plan(platform: str) -> Plan:
@@ -549,18 +532,8 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
     tokens = reverse_mode_only(tokens)
     if not any(plan.keeps for plan in plans):
         value = _divergences(plans, of, tokens).reshape(batch)
-        given = (
-            options,
-            Terms(jnp.zeros_like(value), value),
-            examples,
-            Shared(),
-            counts,
-            V * shard_count(options.axis_name),
-        )
-        return cast(Array, compose(*given))
-    divisor, nothing = jnp.ones((), like.dtype), jnp.zeros((), jnp.bool_)
-    if options.reduction != "sum":
-        divisor, nothing = mean_divisor(options, counts)
+        return composed(of, value, examples, counts)
+    divisor, nothing = mean_divisor(options, counts)
     total = _weighted_sum(plans, of, tokens, (counts.weight / divisor).reshape(math.prod(batch)))
     return jnp.where(nothing, 0, sum_over(total, options.batch_axis_name))
 

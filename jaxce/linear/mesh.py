@@ -79,7 +79,7 @@ def over_mesh(loss: Callable[..., Result], mesh: Any, arguments: dict[str, Any])
 
     *batch, _ = hidden.shape
     full = (*batch, kernel.shape[vocab_axis])
-    if arguments.get("where") is not None:
+    if arguments["where"] is not None:
         arguments["where"] = checks.where_mask(arguments["where"], full, tuple(batch), (len(batch),))
 
     def placed(x: Any, spec: Sequence[Any]) -> Array:
@@ -105,7 +105,7 @@ def over_mesh(loss: Callable[..., Result], mesh: Any, arguments: dict[str, Any])
     for name, spec in {
         "where": (*tokens, classes),
         "weights": tuple(tokens),
-        "temperature": tuple(tokens) if jnp.ndim(arguments.get("temperature", 1)) else (),
+        "temperature": tuple(tokens) if jnp.ndim(arguments["temperature"]) else (),
         "bias": (classes,),
         "teacher_hidden": (*tokens, None),
         "teacher_kernel": (None, classes) if arguments.get("teacher_vocab_axis", 1) % 2 else (classes, None),

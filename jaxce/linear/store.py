@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from jaxce.sharding import shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finish, finite, matmul_dtype, times, working_dtype
 
 Sum = tuple[Array, CrossEntropyAux | None]
+Tree = TypeVar("Tree")
 Arguments = tuple[Projection, Examples, Shared]  # or gradients in them
 
 
@@ -49,10 +50,7 @@ def loss(
     """
     arguments = reverse_mode_only((projection, examples, shared))
     rows = row_axes(options, *arguments)
-    dtype = working_dtype(matmul_dtype(projection.hidden.dtype, projection.kernel.dtype))
-    divisor, nothing = jnp.ones((), dtype), jnp.zeros((), jnp.bool_)
-    if options.reduction != "sum":
-        divisor, nothing = mean_divisor(options, counts)
+    divisor, nothing = mean_divisor(options, counts)
     sums = dataclasses.replace(options, reduction="sum", batch_axis_name=())
     total, aux = _summed_loss(schedules, sums, *arguments, counts, vary(divisor, rows))
     total = jnp.where(nothing, 0, sum_over(total, options.batch_axis_name))
@@ -112,12 +110,9 @@ def _summed_fwd(
         grads = jax.tree.map(lambda x: jnp.zeros_like(x, divisor.dtype), _floats(arguments))
         return loss, aux, grads, records
 
-    # Nothing is left of a gradient that is not asked for, so that a compiler leaves its product and its sum out. It is
-    # an empty array, not None: JAX takes what is left to be one tree of arrays, whatever is asked for.
     def either(schedule: Schedule, *args: Any) -> tuple[Any, ...]:
         loss, aux, grads, records = (stored if schedule.block_n else recomputed)(schedule, *args)
-        grads = jax.tree.map(lambda asked, g: g if asked else jnp.zeros((0,), g.dtype), asked, grads)
-        return loss, aux, grads, records
+        return loss, aux, only_asked(asked, grads), records
 
     loss, aux, grads, records = by_platform(schedules, either, *given)
     return (loss, aux), (arguments, counts, divisor, loss, grads, records)
@@ -140,11 +135,7 @@ def _summed_bwd(schedules: Schedules, options: Options, residuals: tuple[Any, ..
         cts: Sum,
     ) -> tuple[Arguments, Array]:
         if schedule.block_n and not of_aux:
-
-            def scaled(x: Array, g: Array) -> Array | None:
-                return times(cts[0], g.astype(cts[0].dtype)).astype(x.dtype) if g.shape == x.shape else None
-
-            return jax.tree.map(scaled, floats, grads), -cts[0] * loss / divisor
+            return scaled(cts[0], floats, grads), -cts[0] * loss / divisor
 
         # What the aux record adds is known only now, so it takes the matmuls of the other mode.
         def again(floats: Arguments, divisor: Array) -> Sum:
@@ -154,11 +145,35 @@ def _summed_bwd(schedules: Schedules, options: Options, residuals: tuple[Any, ..
             return _recomputed_sum((schedule,) * 3, options, arguments, counts, divisor, known)[0]
 
         dfloats, ddivisor = jax.vjp(again, floats, divisor)[1](cts)
-        return jax.tree.map(lambda x, g: x if g.shape == x.shape else None, dfloats, grads), ddivisor
+        return those_asked(grads, dfloats), ddivisor
 
     fixed = {"indices": arguments[1].indices, "where": arguments[1].where}
     dfloats, ddivisor = by_platform(schedules, backward, _floats(arguments), fixed, *residuals_of_rows, cts)
     return *dfloats, None, ddivisor
+
+
+# Nothing is left of a gradient that is not asked for, so that a compiler leaves its product and its sum out. It is an
+# empty array, not None: JAX takes what is left to be one tree of arrays, whatever is asked for.
+
+
+def only_asked(asked: Tree, grads: Tree) -> Tree:
+    """The gradients, as they are kept; `asked` says which of them are."""
+    kept: Tree = jax.tree.map(lambda asked, g: g if asked else jnp.zeros((0,), g.dtype), asked, grads)
+    return kept
+
+
+def those_asked(kept: Tree, grads: Tree) -> Tree:
+    """Other gradients, None where none was kept."""
+    some: Tree = jax.tree.map(lambda k, g: g if k.shape == g.shape else None, kept, grads)
+    return some
+
+
+def scaled(ct: Array, arguments: Tree, kept: Tree) -> Tree:
+    """The gradients in the arguments, of those kept, for the cotangent of what they are gradients of."""
+    grads: Tree = jax.tree.map(
+        lambda x, k: times(ct, k.astype(ct.dtype)).astype(x.dtype) if k.shape == x.shape else None, arguments, kept
+    )
+    return grads
 
 
 def _floats(arguments: Arguments) -> Arguments:

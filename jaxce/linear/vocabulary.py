@@ -20,11 +20,12 @@ from jaxce.linear.blocks import (
     logits,
     over_blocks,
     put,
+    put_or_add,
     retiled_classes,
     row_major,
     take,
 )
-from jaxce.sharding import on_this_device, shard_start, sum_over, vary, varying
+from jaxce.sharding import on_this_device, shard_start, sum_like, vary, varying
 from jaxce.stats import Gap, RowStats, Terms, matmul_dtype, merge, merge_shards, working_dtype
 from jaxce.sums import effective, row_stats, rows_of
 
@@ -98,9 +99,7 @@ def backward(
         dhidden, dkernel = gradients(dz, part.hidden, part.kernel, schedule, hidden_t)
 
         def written(whole: Array, part: Array, axis: int) -> Array:
-            if sums is not None:
-                part = take(whole, start, size, axis) + part.astype(whole.dtype)
-            return put(whole, part, start, axis)
+            return put_or_add(whole, part, start, axis, add=sums is not None)
 
         (of_hidden, of_kernel, of_bias), of_examples, of_shared = grads
         of_kernel = _row_major(written(of_kernel, dkernel, schedule.vocab_axis), schedule)
@@ -144,8 +143,7 @@ def backward(
     of_all, of_examples, of_shared = over_blocks(kernel.shape[schedule.vocab_axis], schedule.backward_v, block, grads)
 
     def whole(dx: Array, x: Array) -> Array:
-        """Of what devices share, each has the gradient from its own classes."""
-        return sum_over(dx, tuple(sorted(varying(dx) - varying(x)))).astype(own(x))
+        return sum_like(dx, x).astype(own(x))
 
     if of_examples.temperature is not None and examples.temperature is not None:
         of_examples = of_examples._replace(temperature=whole(of_examples.temperature, examples.temperature))
