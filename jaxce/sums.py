@@ -34,7 +34,7 @@ from jax.typing import DTypeLike
 
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.lookup import compared, gathered, is_class, pick, put, scattered
-from jaxce.on_cpu import on_one_cpu
+from jaxce.on_cpu import on_one_cpu, slice_of
 from jaxce.sharding import explicitly_sharded, mask_like
 from jaxce.stats import (
     Gap,
@@ -297,33 +297,21 @@ def _on_cpu(options: Options, keep: bool, likes: _Sums, rows: Rows) -> _Sums:
     rows = _flat(rows, like.shape)
     N, V = rows.logits.shape
 
-    def step(i: Array, state: tuple[_Sums, Rows]) -> tuple[_Sums, Rows]:
-        sums, rows = state
+    def step(i: Array, sums: _Sums) -> _Sums:
         start = jnp.minimum(i * size, N - size)  # the last rows may be worked on twice
-        part: Rows = jax.tree.map(lambda x: x if len(x) == 1 else _slice_of(x, start, size), rows)
+        part: Rows = jax.tree.map(lambda x: x if len(x) == 1 else slice_of(x, start, size, 0), rows)
         new = _of_chunk(options, part)
-        sums = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), sums, new)
-        return sums, lax.optimization_barrier(rows)  # so that nothing is done to all of them before the loop
+        changed: _Sums = jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, start, 0), sums, new)
+        return changed
 
     if _is_small(rows.logits) or not isinstance(N, int) or (keep and _keeps(options, rows)):
         sums = _of_chunk(options, rows)
     else:
         chunks = -(-N // max(_CHUNK // V, 1))
         size = -(-N // chunks)
-        sums, _ = lax.fori_loop(0, chunks, step, (jax.tree.map(lambda x: x.reshape(N), likes), rows))
+        sums = lax.fori_loop(0, chunks, step, jax.tree.map(lambda x: x.reshape(N), likes))
     shaped: _Sums = jax.tree.map(lambda x: x.reshape(like.shape), sums)
     return shaped
-
-
-def _slice_of(x: Array, start: Array, size: int) -> Array:
-    """Rows of `x`. As integers, if they are narrow floats: JAX 0.10 widens all of `x` to take a slice of those.
-
-    Without this and the barrier, the losses of 256 x 32768 and 512 x 50257 take it two to four times as long.
-    """
-    if not (jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2):
-        return lax.dynamic_slice_in_dim(x, start, size)
-    part = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, jnp.uint16), start, size)
-    return lax.bitcast_convert_type(part, x.dtype)
 
 
 def _flat(rows: Rows, batch: tuple[int, ...]) -> Rows:

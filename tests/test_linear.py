@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from typing import Any
 from unittest import mock
@@ -678,6 +679,42 @@ def test_what_is_frozen_costs_nothing(rng, mode, asked):
         kept = [x.shape for x in forward(args[asked])]
     for name, x in {"hidden": h, "kernel": k}.items():
         assert kept.count(x.shape) == 1 + (mode == "store" and name == asked)
+
+
+def mean_of_log_probs(h, k, y):
+    return jnp.mean(jaxce.linear_log_probs(h, k, y))
+
+
+def divergence_of_models(mode):
+    def loss(h, k, y):
+        return jaxce.linear_distillation_loss(h, k, h[:, ::-1], k, mode=mode, reduction="mean")
+
+    return loss
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(
+    ("loss", "summed"),
+    [
+        (functools.partial(linear_cross_entropy, mode="recompute", reduction="mean"), False),
+        (functools.partial(linear_cross_entropy, mode="store", reduction="mean"), True),
+        (mean_of_log_probs, False),
+        (divergence_of_models("recompute"), False),
+        (divergence_of_models("store"), True),
+    ],
+)
+def test_a_narrow_kernel_is_not_held_in_float32(loss, summed):
+    """Nor is its gradient but where it is a sum over blocks of tokens."""
+    n, d, v = 1024, 512, 40_000
+
+    def temporary(dtype):
+        arrays = [jax.ShapeDtypeStruct(s, dtype) for s in ((n, d), (d, v))]
+        labels = jax.ShapeDtypeStruct((n,), jnp.int32)
+        program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arrays, labels).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    a_block = temporary(jnp.float32) / 10  # of narrow numbers beside the wide ones
+    assert temporary(jnp.bfloat16) <= temporary(jnp.float32) + a_block + summed * 4 * d * v
 
 
 def test_what_is_asked_for_may_change(rng):

@@ -13,6 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
+from jaxce import on_cpu
 from jaxce.layout import class_count
 from jaxce.primitives import Primitive
 from jaxce.sharding import AxisNames, sum_over, vary, varying
@@ -60,9 +61,14 @@ def over_blocks(length: int, size: int, block: Callable[[Any, int, State], State
     return block(whole * size, left, state) if left else state
 
 
-def take(x: Array, start: Any, size: int, axis: int) -> Array:
-    """The elements from `start` on, and all of `x` if one stands for every element."""
-    return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, start, size, axis % x.ndim)
+def take(x: Array, start: Any, size: int, axis: int, schedule: Schedule | None = None) -> Array:
+    """The elements from `start` on, and all of `x` if one stands for every element.
+
+    With the schedule of a platform that has no slices of narrow numbers, so that not all of `x` is widened for one.
+    """
+    widens = schedule is not None and schedule.widens and x.dtype in (jnp.bfloat16, jnp.float16)
+    slice_of = on_cpu.slice_of if widens else lax.dynamic_slice_in_dim
+    return x if x.shape[axis] == 1 else slice_of(x, start, size, axis % x.ndim)
 
 
 def put(whole: Array, part: Array, start: Any, axis: int) -> Array:

@@ -87,8 +87,6 @@ def block_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
 def row_bytes(p: Problem, platform: str) -> int:
     """Numbers per token and class, and hidden states without or in the order of the unused ones."""
     numbers = p.N * (32 + 12 * (p.entries or 0) + 2 * p.D) + 4 * p.V
-    if p.entries is None and p.hidden != p.working and platform == "cpu":
-        numbers += p.N * p.V  # the gradient of narrow probabilities is written in the working dtype first
     return numbers * p.working.itemsize + 2**16
 
 

@@ -51,7 +51,7 @@ from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mod
 
 # Logits of each model in a block of tokens that keeps them, which adds up the whole of dkernel in float32. Compiled for
 # TPU that takes longer than to compute the logits again.
-_KEPT = {"cpu": 2**24, "tpu": 0, "gpu": 2**27}
+_KEPT = {"cpu": 5 * 2**22, "tpu": 0, "gpu": 2**27}
 _LEAST = 256  # tokens, where any are kept
 _PART = {"cpu": 2**21, "tpu": 2**23, "gpu": 2**23}  # logits that are worked on at once
 
@@ -145,7 +145,7 @@ def _backward(
         of_hidden, of_kernel, of_bias, of_temperature = state
         both = _logits(plan, tokens, start, size, kept)
         dz, dtemperature = gradient_of_classes(of, both, _part(tokens.examples, start, size), of_rows)
-        part = take(kernel, start, size, schedule.vocab_axis)
+        part = take(kernel, start, size, schedule.vocab_axis, schedule)
         dhidden, dkernel = gradients(dz, hidden, part, schedule, hidden_t)
 
         of_kernel = put_or_add(of_kernel, dkernel, start, schedule.vocab_axis, add=sums is not None)
@@ -184,7 +184,7 @@ def _logits(plan: Plan, tokens: Tokens, start: Any, size: int, kept: Models[Arra
         return Models(*(take(z, start, size, 1) for z in kept))
 
     def of_model(schedule: Schedule, model: Projection) -> Array:
-        part = lax.optimization_barrier(take(model.kernel, start, size, schedule.vocab_axis))
+        part = lax.optimization_barrier(take(model.kernel, start, size, schedule.vocab_axis, schedule))
         bias = None if model.bias is None else take(model.bias, start, size, 0)
         return logits(model.hidden, part, bias, schedule).astype(_working(tokens.models))
 

@@ -231,7 +231,7 @@ def _forward(
         def add(state: _State) -> _State:
             part = hidden, examples, counts
             if size < n:
-                part = jax.tree.map(lambda a: take(a, start, size, 0), part)
+                part = jax.tree.map(lambda a: take(a, start, size, 0, schedule), part)
             given = (Projection(part[0], kernel, bias), part[1], shared), part[2], divisor
             total, aux, dhidden, dexamples, sums, logits = _block(schedule, options, *given, state.sums, state.logits)
 
@@ -370,6 +370,8 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     slopes = p.options.logit_softcap is not None  # of the cap, which are kept beside the logits
     if block_v == p.V and not skips and not slopes:  # the gradient takes its place
         logits = 0
+    if p.entries is None and p.hidden != p.working and platform == "cpu":
+        logits += p.N * p.V  # the gradient of narrow probabilities is written in the working dtype first
     same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
     of_block = costs.block_bytes(p, platform, rows, block_v)
     return (logits + same_tokens) * p.working.itemsize + sums + of_block + costs.row_bytes(p, platform)

@@ -184,13 +184,13 @@ def _classes(
     """What belongs to `size` classes from `start` on, which become classes 0 to size-1."""
 
     def part(x: Array | None, axis: int) -> Array | None:
-        return None if x is None else take(x, start, size, axis)
+        return None if x is None else take(x, start, size, axis, schedule)
 
     hidden, whole, bias = projection
     if schedule.retiles and size < whole.shape[schedule.vocab_axis]:
         kernel = retiled_classes(whole, start, size, schedule.vocab_axis)
     else:
-        kernel = take(whole, start, size, schedule.vocab_axis)
+        kernel = take(whole, start, size, schedule.vocab_axis, schedule)
     indices = _indices(options, projection, examples, schedule)
     examples = examples._replace(
         indices=None if indices is None else indices - start,
