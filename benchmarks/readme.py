@@ -375,7 +375,6 @@ def cifar10_table(history: dict[str, Any]) -> str:
 
 def language_model_table(results: dict[str, Any]) -> str:
     rows = results["rows"]
-    shown = [row for i, row in enumerate(rows) if i % 3 == 0 or row is rows[-1]]
     fused, dense = (results["temporary_bytes"][name] / 1e6 for name in ("fused", "dense"))
     classes = round(math.exp(results["chance_loss"]))
     header = ["step", "train loss", "validation loss", "perplexity", "bits per byte", "seconds so far"]
@@ -388,13 +387,54 @@ def language_model_table(results: dict[str, Any]) -> str:
             f"{row['bits_per_byte']:.2f}",
             f"{sum(r['seconds'] for r in rows if r['step'] <= row['step']):.0f}",
         ]
-        for row in shown
+        for row in sampled(rows)
     ]
     return (
         f"Loss and gradients need {fused:.0f} MB beyond arguments and results, {dense:.0f} MB with the logits in "
         f"memory. Guessing costs ln {classes} = {results['chance_loss']:.3f}, knowing how "
         f"frequent each token is {results['unigram_entropy']:.3f}.\n\n{markdown(header, lines)}"
     )
+
+
+STUDENTS = {"text": "text alone", "distilled": "distilled"}
+
+
+def students_table(results: dict[str, Any]) -> str:
+    """A student of text alone beside one of a teacher."""
+    teacher, students = results["rows"][-1], results["students"]
+    measures = {"validation_loss": "validation loss", "bits_per_byte": "bits per byte"}
+    header = ["step", *(f"{what}, {student}" for what in measures.values() for student in STUDENTS.values())]
+    rows = [
+        [str(row["step"]), *(f"{row[student][what]:.3f}" for what in measures for student in STUDENTS)]
+        for row in sampled(students["rows"])
+    ]
+    return (
+        f"The teacher ends at a validation loss of {teacher['validation_loss']:.3f} and {teacher['bits_per_byte']:.3f} "
+        f"bits per byte; the students begin at {students['start']['distilled']['validation_loss']:.3f}.\n\n"
+        f"{markdown(header, rows)}"
+    )
+
+
+def preferences_table(results: dict[str, Any]) -> str:
+    """What held-out pairs of answers say of a policy."""
+    return markdown(
+        ["step", "train loss", "validation loss", "reward margin", "preferred"],
+        [
+            [
+                str(row["step"]),
+                f"{row['train_loss']:.3f}",
+                f"{row['validation_loss']:.3f}",
+                f"{row['margin']:.3f}",
+                f"{row['preferred']:.1%}",
+            ]
+            for row in sampled(results["preferences"]["rows"])
+        ],
+    )
+
+
+def sampled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every third row, and the last."""
+    return [row for i, row in enumerate(rows) if i % 3 == 0 or row is rows[-1]]
 
 
 TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
@@ -417,6 +457,8 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
     "cifar10-full": (cifar10_table, "cifar10-full/history.json"),
     "posttraining": (posttraining_table, "posttraining.json"),
     "language-model": (language_model_table, "language-model/history.json"),
+    "language-model-distill": (students_table, "language-model-distill/history.json"),
+    "language-model-dpo": (preferences_table, "language-model-dpo/history.json"),
 }
 
 

@@ -51,7 +51,7 @@ from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mod
 
 # Logits of each model in a block of tokens that keeps them, which adds up the whole of dkernel in float32. Compiled for
 # TPU that takes longer than to compute the logits again.
-_KEPT = {"cpu": 5 * 2**22, "tpu": 0, "gpu": 2**27}
+_KEPT = {"cpu": 2**24, "tpu": 0, "gpu": 2**27}
 _LEAST = 256  # tokens, where any are kept
 _PART = {"cpu": 2**21, "tpu": 2**23, "gpu": 2**23}  # logits that are worked on at once
 
