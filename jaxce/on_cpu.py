@@ -44,8 +44,8 @@ def slice_of(x: Array, start: Any, size: int, axis: int) -> Array:
     """`lax.dynamic_slice_in_dim` in a loop on CPU.
 
     XLA takes slices of wide numbers only (in JAX 0.10, not in 0.12), and would widen all of `x` before the loop if it
-    did not depend on the loop. The losses of 256 x 32768 and 512 x 50257 in bfloat16 then took two to four times as long, and
-    the linear ones held their kernels in float32.
+    did not depend on the loop. The losses of 256 x 32768 and 512 x 50257 in bfloat16 then took two to four times as
+    long, and the linear ones held their kernels in float32.
     """
     x, start = lax.optimization_barrier((x, jnp.asarray(start, jnp.int32)))
     return lax.dynamic_slice_in_dim(x, start, size, axis)
