@@ -456,6 +456,7 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),
     "cifar10-full": (cifar10_table, "cifar10-full/history.json"),
     "posttraining": (posttraining_table, "posttraining.json"),
+    "posttraining-newest-jax": (posttraining_table, "newest-jax/posttraining.json"),
     "language-model": (language_model_table, "language-model/history.json"),
     "language-model-distill": (students_table, "language-model-distill/history.json"),
     "language-model-dpo": (preferences_table, "language-model-dpo/history.json"),

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
+# XLA multiplies bfloat16 on CPU (seen in 0.12; 0.10 widens the factors, or has no such product).
+NARROW_PRODUCTS_ON_CPU = jax.__version_info__ >= (0, 12)
+
 
 def varying_axes(aval: Any) -> frozenset[str]:
     """The mesh axes of a `shard_map` along which arrays of this type differ: `aval.mat.varying` from JAX 0.10.2 on."""

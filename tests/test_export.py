@@ -110,7 +110,7 @@ def lowered(platforms, reduction="mean", n=2048, d=8, v=16384):
 
 
 def test_a_program_is_the_one_of_the_platform_it_is_for():
-    """The plan's blocks; products of float32 on CPU, narrow ones elsewhere."""
+    """The plan's blocks; the products of gradients of float32 on CPU, narrow ones elsewhere."""
     plans_ = {
         platform: jaxce.plan_linear_cross_entropy(*arrays_of(2048, 8, 16384), reduction="mean", platform=platform)
         for platform in plans.PLATFORMS
@@ -122,7 +122,7 @@ def test_a_program_is_the_one_of_the_platform_it_is_for():
     for platform, text in programs.items():
         products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         assert products
-        assert all(("bf16" in line) == (platform != "cpu") for line in products)
+        assert all("bf16" in line for line in products) == (platform != "cpu")
         assert {other for other, block in blocks.items() if block in text} == {platform}
 
 

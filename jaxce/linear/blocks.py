@@ -31,7 +31,7 @@ class Schedule(NamedTuple):
     block_n: int = 0  # tokens in a block, where gradients are computed along with the loss; else 0
     forward_v: int = 0  # classes in a block
     backward_v: int = 0
-    widens: bool = False  # narrow factors of a product before it, for a backend that has no narrow products
+    widens: bool = False  # narrow factors of a product before it, for a backend that lacks (some) narrow products
     retiles: bool = False  # for a chip that copies sliced kernels
     row_major: bool = False  # the gradient of the logits, for a compiler that transposes the kernel otherwise
     transposes: bool = False  # hidden states once, rather than in the product of every block
@@ -145,15 +145,20 @@ def participating(where: Array | None, shape: tuple[int, ...], block_v: int, axi
 def logits(hidden: Array, kernel: Array, bias: Array | None, schedule: Schedule) -> Array:
     """hidden @ kernel + bias, in the working dtype."""
     dtype = matmul_dtype(hidden.dtype, kernel.dtype)
-    if schedule.widens:
+    narrow = schedule.widens and on_cpu.multiplies(dtype)
+    if schedule.widens and not narrow:
         dtype = working_dtype(dtype)
     z = contract(hidden, -1, kernel, 1 - schedule.vocab_axis, dtype, schedule)
+    if narrow:  # a product whose result is transposed may become one that XLA's CPU runtime lacks
+        z = lax.optimization_barrier(z)
     return z if bias is None else z + jnp.broadcast_to(bias.astype(z.dtype), z.shape)
 
 
 def all_logits(schedules: Schedules, hidden: Array, kernel: Array, bias: Array | None) -> Array:
     """Of wide factors, whatever the platform: the derivatives are made of products that no schedule sees."""
-    return logits(hidden, kernel, bias, Schedule(schedules[0].vocab_axis, schedules[0].precision, widens=True))
+    dtype = working_dtype(matmul_dtype(hidden.dtype, kernel.dtype))
+    schedule = Schedule(schedules[0].vocab_axis, schedules[0].precision)
+    return logits(hidden.astype(dtype), kernel.astype(dtype), bias, schedule)
 
 
 def gradients(

@@ -49,9 +49,9 @@ from jaxce.sums import Rows, row_stats
 from jaxce.targets import SparseTargets, Targets
 from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mode, Reduction, takes_variables
 
-# Logits of each model in a block of tokens that keeps them, which adds up the whole of dkernel in float32. Compiled for
-# TPU that takes longer than to compute the logits again.
-_KEPT = {"cpu": 2**24, "tpu": 0, "gpu": 2**27}
+# Logits of each model in a block of tokens that keeps them, which adds up the whole of dkernel in float32: half as many
+# on CPU where that is one more array. Compiled for TPU it takes longer than to compute the logits again.
+_KEPT = {"cpu": 2**25, "tpu": 0, "gpu": 2**27}
 _LEAST = 256  # tokens, where any are kept
 _PART = {"cpu": 2**21, "tpu": 2**23, "gpu": 2**23}  # logits that are worked on at once
 
@@ -495,15 +495,19 @@ def _checked(
         checks.split_over(f"{prefix}kernel", model.kernel, of.options.axis_name, "classes")
         checks.split_over(f"{prefix}hidden", model.hidden, of.options.batch_axis_name, "tokens")
     check_mode(mode, None, of.options)
-    plans = _plans(math.prod(batch), V, (own_axis, other_axis), precision, mode, of.options.reduction)
+    narrow = student.kernel.dtype.itemsize < 4
+    plans = _plans(math.prod(batch), V, narrow, (own_axis, other_axis), precision, mode, of.options.reduction)
     return models, examples, of, plans
 
 
-def _plans(N: Any, V: int, vocab_axes: tuple[int, int], precision: Any, mode: Any, reduction: str) -> Plans:
+def _plans(
+    N: Any, V: int, narrow: bool, vocab_axes: tuple[int, int], precision: Any, mode: Any, reduction: str
+) -> Plans:
     may_keep = mode != "recompute" and reduction != "none" and isinstance(N, int) and N
 
     def plan(platform: str) -> Plan:
         kept = _KEPT[platform] or (_KEPT["gpu"] if mode == "store" else 0)
+        kept = kept // 2 if platform == "cpu" and narrow else kept
         block_n = costs.sizes(N, max(kept // V, _LEAST), 8)[0] if may_keep and kept else 0
         rows = block_n or (max(N, 1) if isinstance(N, int) else 8192)
         block_v = costs.sizes(V, max(_PART[platform] // rows, 4 * costs.LANES), costs.LANES)[0]
