@@ -58,7 +58,7 @@ def multiplies(dtype: DTypeLike) -> bool:
 
     Products of bfloat16 take a quarter of the time of those of float32 where the processor has instructions for them.
     """
-    return NARROW_PRODUCTS_ON_CPU and dtype == jnp.bfloat16
+    return NARROW_PRODUCTS_ON_CPU and bool(dtype == jnp.bfloat16)
 
 
 _choice_p = Primitive("on_one_cpu")

@@ -21,6 +21,7 @@ import time
 import traceback
 import warnings
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -33,6 +34,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxce
+from jaxce.linear import distillation
 from tests import oracle
 
 AUX = ("nll", "log_normalizer", "entropy")
@@ -42,8 +44,13 @@ FUNCTIONS = {
     "linear": "linear_cross_entropy",
     "probs": "cross_entropy_from_probs",
 }
+OTHERS = {  # which give the same numbers: log-probabilities, and a divergence from targets that a teacher's logits make
+    "log_probs": {"dense": "log_probs", "linear": "linear_log_probs"},
+    "distillation": {"dense": "distillation_loss", "linear": "linear_distillation_loss"},
+}
+POSITIONAL = ("logits", "hidden", "kernel", "targets", "labels", "teacher_logits", "teacher_hidden", "teacher_kernel")
 MAIN = {"dense": ("logits",), "integer": ("logits",), "linear": ("hidden", "kernel", "bias"), "probs": ("logits",)}
-TOKENS = ("logits", "hidden", "targets", "weights", "temperature", "labels")  # what vmap and scan go over
+TOKENS = ("logits", "hidden", "targets", "weights", "temperature", "labels", "teacher_logits", "teacher_hidden")
 F16, BF16, F32, F64 = (np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 LABELS = [np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 LABELS += [np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)]
@@ -79,6 +86,7 @@ class Case:
     steps: int | None  # the length of the axis that vmap or scan go over
     regime: str
     x64: bool
+    form: str | None  # of `OTHERS`
     params: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # floats, differentiated
     data: dict[str, Any] = dataclasses.field(default_factory=dict)  # labels, where
     constants: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -90,7 +98,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        return FUNCTIONS[self.function]
+        return OTHERS.get(self.form, FUNCTIONS)[self.function]
+
+    @property
+    def aux(self) -> tuple[str, ...]:
+        return tuple(name for name in AUX if not (self.form and name == "nll"))
 
     @property
     def reduction(self) -> str:
@@ -134,6 +146,10 @@ def draw(seed: int, index: int) -> Case:
     if function in ("integer", "probs") and mesh == "shard_map":
         mesh = None
     linear = function == "linear"
+    form = None
+    if function in ("dense", "linear") and transform not in ("discard", "symbolic") and maybe(0.35):
+        form = "log_probs" if kind != "probs" else "distillation" if transform != "hvp" else None
+    log_probs, distilled = form == "log_probs", form == "distillation"
 
     # Sizes that divide nothing, but for what a mesh splits.
     rank = pick(0, 1, 2, 3, p=[10, 50, 25, 15])
@@ -160,7 +176,7 @@ def draw(seed: int, index: int) -> Case:
         return pick(F32, BF16, F16, F64 if x64 else F32, p=[55, 20, 10, 15])
 
     reduction = pick("none", "sum", "mean", "mean_count", p=[30, 15, 35, 20])
-    if function == "integer":
+    if function == "integer" or log_probs:
         reduction = "none"
     elif transform in ("discard", "symbolic"):
         reduction = pick("sum", "mean", "mean_count")
@@ -177,8 +193,8 @@ def draw(seed: int, index: int) -> Case:
         regime = pick("normal", "bad_row")
     if (regime == "poison" and N == 0) or (regime == "offset" and function == "probs"):
         regime = "normal"
-    constants: dict[str, Any] = {"reduction": reduction} if function != "integer" else {}
-    case = Case(function, kind, batch, V, axis, transform, mesh, steps, regime, x64, constants=constants)
+    constants: dict[str, Any] = {} if function == "integer" or log_probs else {"reduction": reduction}
+    case = Case(function, kind, batch, V, axis, transform, mesh, steps, regime, x64, form, constants=constants)
     params, data = case.params, case.data
 
     # Which classes take part, and which may be targets.
@@ -194,7 +210,7 @@ def draw(seed: int, index: int) -> Case:
             np.put_along_axis(mask, rng.integers(0, V, (*shape[:-1], 1)), True, -1)
         where = where & mask
         data["where"] = mask
-    constants["return_aux"] = function in ("dense", "linear") and maybe(0.35)
+    constants["return_aux"] = function in ("dense", "linear") and not distilled and maybe(0.35)
     if function not in ("dense", "linear") or (shape and shape[-1] == 1):
         constants["return_aux"] = False  # a row without any class has no entropy
     if not constants["return_aux"]:
@@ -224,7 +240,7 @@ def draw(seed: int, index: int) -> Case:
         label_dtype, limits = np.dtype(np.int32), np.iinfo(np.int32)
     chances = rng.random((K, total, V)) * allowed
     indices = chances.argmax(-1).T.astype(object)  # Python integers: labels may be large
-    if kind == "probs":
+    if kind == "probs" and not distilled:
         t = rng.dirichlet(np.full(V, 0.5), total) * allowed
         hot = rng.random(total) < 0.2
         t[hot] = (np.arange(V) == indices[:, :1].astype(int))[hot]
@@ -233,7 +249,7 @@ def draw(seed: int, index: int) -> Case:
         params["targets"] = np.moveaxis(t, -1, axis if axis < 0 else axis + len(lead))
     elif kind == "sparse":
         shares = rng.dirichlet(np.ones(K), total)
-        if K > 1 and maybe(0.3):
+        if K > 1 and maybe(0.3) and not log_probs:
             shares[:, -1] = 0
         params["targets"] = shares.reshape(*lead, *batch, K).astype(other_dtype())
     else:
@@ -242,9 +258,9 @@ def draw(seed: int, index: int) -> Case:
         case.x64 = True
 
     # Weights and options.
-    options = (
-        () if function == "integer" else ("weights", "class_weights", "label_smoothing", "ignore", "z_loss", "cap")
-    )
+    options: tuple[str, ...] = ("weights", "class_weights", "label_smoothing", "ignore", "z_loss", "cap")
+    if function == "integer" or form:
+        options = {"log_probs": ("ignore", "cap"), "distillation": ("weights", "cap")}.get(form, ())
     unused = np.zeros(total, bool)
     if "ignore" in options and kind != "probs" and maybe(0.35):
         choices = [-1, -100, 0, int(limits.max) if label_dtype.itemsize < 8 else V]
@@ -254,7 +270,7 @@ def draw(seed: int, index: int) -> Case:
             entries = rows[:, None] if kind == "index" or maybe(0.5) else rng.random((total, K)) < 0.3
             indices[np.broadcast_to(entries, indices.shape)] = ignore
         unused |= (indices == ignore).all(-1)
-    if ("weights" in options and maybe(0.35)) or (regime == "bad_row" and not unused.any() and options):
+    if "weights" in options and (maybe(0.35) or (regime == "bad_row" and not unused.any())):
         shape = (*lead, *batch)
         if regime != "bad_row" and steps is None and batch and maybe(0.25):
             shape = pick((), batch[1:], (1,) * len(batch), (*batch[:-1], 1))
@@ -274,7 +290,8 @@ def draw(seed: int, index: int) -> Case:
             shape = pick((), batch[1:], (1,) * len(batch), (*batch[:-1], 1))
         powers = rng.uniform(-3, 3, shape)
         powers = np.round(powers) if case.x64 else powers  # so that the quotients of the oracle are exact
-        params["temperature"] = np.asarray(2**powers, pick(F32, F32, BF16, F16, F64 if case.x64 else F32))
+        temperature = np.asarray(2**powers, pick(F32, F32, BF16, F16, F64 if case.x64 else F32))
+        (data if distilled else params)["temperature"] = temperature  # its gradient is not known here
     if "label_smoothing" in options and maybe(0.3) and (not gone.any() or cap):
         if maybe(0.6):
             params["label_smoothing"] = np.asarray(pick(0.1, 0.2, 1.0, 0.0), F32)
@@ -353,6 +370,8 @@ def draw(seed: int, index: int) -> Case:
         params["logits"] = np.moveaxis(z.reshape(*lead, *batch, V), -1, axis if axis < 0 else axis + len(lead)).astype(
             main_dtype
         )
+    if distilled:
+        _draw_teacher(case, rng, lead, bad & unused, gone)
     if function == "probs" and gone.any() and ("label_smoothing" in params or "label_smoothing" in constants):
         params.pop("label_smoothing", None)
         constants.pop("label_smoothing", None)
@@ -360,7 +379,7 @@ def draw(seed: int, index: int) -> Case:
     # Cotangents: of the loss, of the aux record, of both; of one aux entry alone.
     wanted = ["loss"]
     if "return_aux" in constants and transform != "discard" and maybe(0.7):
-        wanted = pick(["loss", *AUX], ["loss", pick(*AUX)], [pick(*AUX)], p=[40, 20, 40])
+        wanted = pick(["loss", *case.aux], ["loss", pick(*case.aux)], [pick(*case.aux)], p=[40, 20, 40])
     if transform == "symbolic":
         wanted = ["loss"]
     for name in wanted:
@@ -381,7 +400,7 @@ def draw(seed: int, index: int) -> Case:
         if (mode := pick(*modes)) is not None:
             constants["mode"] = mode
         if mesh is None and transform != "symbolic" and N:
-            choice = pick("default", "budget", "blocks")
+            choice = pick("default", "budget", "blocks") if not form else "default"
             if choice == "budget":
                 constants["memory_budget"] = budget(case, rng)
             elif choice == "blocks":  # of a few tokens or classes, which no budget leads to
@@ -390,6 +409,32 @@ def draw(seed: int, index: int) -> Case:
                 constants["plan"] = dataclasses.replace(plan, block_n=block_n, block_v=block_v)
                 constants.pop("mode", None)
     return case
+
+
+def _draw_teacher(
+    case: Case, rng: np.random.Generator, lead: tuple[int, ...], bad: np.ndarray, gone: np.ndarray
+) -> None:
+    """A teacher's logits, or hidden states and kernel, whose products are exact; -inf where the student's are."""
+    total, V, data = len(bad), case.V, case.data
+    dtype = case.params[MAIN[case.function][0]].dtype
+    if "logit_softcap" in case.constants and rng.random() < 0.5:
+        case.constants["teacher_logit_softcap"] = case.constants["logit_softcap"]
+    if case.function == "dense":
+        z = rng.normal(size=(total, V)) * 2
+        z[gone], z[bad] = -np.inf, np.nan
+        z = z.reshape(*lead, *case.batch, V)
+        data["teacher_logits"] = np.moveaxis(z, -1, case.axis if case.axis < 0 else case.axis + len(lead)).astype(dtype)
+        return
+    D = int(rng.integers(1, 17))
+    hidden, kernel = (rng.integers(-4, 5, shape) / 4 for shape in ((total, D), (D, V)))
+    hidden[bad] = np.nan
+    data["teacher_hidden"] = hidden.reshape(*lead, *case.batch, D).astype(dtype)
+    own = case.constants.get("vocab_axis", 1)
+    if rng.random() < 0.3:
+        own = case.constants["teacher_vocab_axis"] = 1 - own
+    data["teacher_kernel"] = (kernel if own else kernel.T).astype(case.params["kernel"].dtype)
+    if gone.any():
+        data["teacher_bias"] = np.where(gone[0], -np.inf, 0).astype(dtype)
 
 
 def planned(case: Case, memory_budget: int | None) -> jaxce.LinearPlan:
@@ -436,6 +481,9 @@ def settings(case: Case):
         stack.enter_context(jax.enable_x64(case.x64))
         if mixed:
             stack.enter_context(jax.numpy_dtype_promotion("standard"))
+        if case.form == "distillation":  # in blocks of eight tokens
+            stack.enter_context(mock.patch.dict(distillation._KEPT, cpu=8 * case.V))
+            stack.enter_context(mock.patch.object(distillation, "_LEAST", 1))
         if case.transform.startswith("debug"):
             stack.enter_context(getattr(jax, case.transform)(True))
         yield
@@ -445,19 +493,30 @@ def settings(case: Case):
 
 
 def call(case: Case, params: dict[str, Any], data: dict[str, Any], **extra: Any) -> tuple[Any, Any]:
-    """The loss and the aux record, or None."""
+    """The loss, or less the log-probabilities, and the aux record, or None."""
     loss_of = getattr(jaxce, case.name)
-    options = {n: x for n, x in (params | data).items() if n not in ("logits", "hidden", "kernel", "targets", "labels")}
+    options = {n: x for n, x in (params | data).items() if n not in POSITIONAL}
     options |= case.constants | extra
-    if case.kind == "sparse":
+    if case.form == "distillation":
+        names = ("teacher_hidden", "teacher_kernel") if case.function == "linear" else ("teacher_logits",)
+        targets = tuple(data[name] for name in names)
+        given = [params[name] for name in MAIN[case.function][:2] if name in params]
+        axis = {} if case.function == "linear" else {"axis": case.axis}
+        return loss_of(*given, *targets, **axis, **options), None
+    if case.kind == "index" or case.form == "log_probs":
+        targets = data["labels"]
+    elif case.kind == "sparse":
         targets = jaxce.SparseTargets(data["labels"], params["targets"])
     else:
-        targets = data["labels"] if case.kind == "index" else params["targets"]
+        targets = params["targets"]
     if case.function == "linear":
         result = loss_of(params["hidden"], params["kernel"], targets, **options)
     else:
         result = loss_of(params["logits"], targets, axis=case.axis, **options)
-    return result if isinstance(result, tuple) else (result, None)
+    loss, aux = result if isinstance(result, tuple) else (result, None)
+    if case.form == "log_probs" and case.kind == "sparse":  # K of them, weighted
+        loss = jnp.sum(jnp.asarray(params["targets"], loss.dtype) * loss, -1)
+    return -loss if case.form == "log_probs" else loss, aux
 
 
 def evaluate(case: Case) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
@@ -490,7 +549,7 @@ def _evaluate(case: Case) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
         if transform == "discard":
             outputs["loss"] = jnp.where(jnp.isfinite(loss), loss, jnp.zeros_like(loss))
         if aux is not None:
-            outputs |= {name: getattr(aux, name) for name in AUX}
+            outputs |= {name: getattr(aux, name) for name in case.aux}
         return sum(jnp.sum(jnp.asarray(c) * outputs[name]) for name, c in case.cotangents.items()), (loss, aux)
 
     gradient = jax.value_and_grad(total, has_aux=True)
@@ -552,11 +611,16 @@ def dims(case: Case, name: str) -> tuple[Any, ...]:
     if case.function != "linear":
         axis = case.axis % len(rows)
         rows.insert(axis, rows.pop())
+    teacher_axis = case.constants.get("teacher_vocab_axis", case.constants.get("vocab_axis"))
     full = {
         "logits": rows,
         "hidden": (*batch, None),
         "kernel": ("v", None) if case.constants.get("vocab_axis") == 0 else (None, "v"),
         "bias": ("v",),
+        "teacher_logits": rows,
+        "teacher_hidden": (*batch, None),
+        "teacher_kernel": ("v", None) if teacher_axis == 0 else (None, "v"),
+        "teacher_bias": ("v",),
         "targets": rows if case.kind == "probs" else (*batch, None),
         "labels": (*batch, None) if case.kind == "sparse" else batch,
         "weights": batch,
@@ -693,7 +757,10 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     mask = mask | ~counted[:, None]
     ignore = case.constants.get("ignore_index")
     entries = None
-    if case.kind == "probs":
+    given_in = of_target = np.zeros((N, V))  # -log of its probabilities, and their relative error
+    if case.form == "distillation":
+        target, given_in, of_target = _teacher(case, params, rows, mask, temperature, eps)
+    elif case.kind == "probs":
         target = rows(params["targets"])
     else:
         labels = np.asarray(labels)
@@ -732,11 +799,14 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     coefficients = np.where(mask, (1 - smoothing) * target * v + smoothing / problem.count[:, None] * v, 0)
     lse = losses.log_normalizer
     moves = abs(w_rows) * (2 * coefficients.sum(-1) + 2 * z_loss * (abs(lse.value) + off))
-    loss = np.where(dead, 0, losses.loss.value)
+    own_entropy = np.sum(target * given_in, -1)
+    loss = np.where(dead, 0, losses.loss.value - w_rows * own_entropy)
     size = np.where(dead, 0, losses.loss.size)
     bound = slack * eps * size + moves * off + tiny * V * abs(w_rows)
     p, surprise = problem.softmax.p, problem.softmax.surprise
     finite = np.where(np.isfinite(surprise), surprise, 0)
+    off_target = np.sum(target * of_target * (given_in + finite + 1), -1)
+    bound = bound + abs(w_rows) * off_target
     outputs: dict[str, Any] = {
         "nll": (
             np.where(counted, losses.nll.value, 0),
@@ -790,6 +860,7 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     if exact_index and not (smoothing or z_loss or cap or tempered or weighted):
         dz_size = abs(dz)
     bounded = (slack[:, None] - 16 + relative + near) * eps * dz_size + 3 * off[:, None] * dz_size
+    bounded = bounded + masked(aw[:, None] * target * of_target)
     finite_below = np.where(np.isfinite(below), below, 0)
     spread = np.sum(p * finite_below * (16 + near), -1, keepdims=True)
     bounded = bounded + masked(abs(ch)[:, None] * p * (4 * off[:, None] + eps * spread))
@@ -860,10 +931,11 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
 
     # In what weighs.
     if "weights" in params:
-        value = np.where(counted & alive, g.weights.value, 0) + np.where(counted, by_divisor * share, 0)
+        own = g.weights.value - cts.loss * own_entropy
+        value = np.where(counted & alive, own, 0) + np.where(counted, by_divisor * share, 0)
         unit = np.where(counted & alive, g.weights.size, 0)
         moves = 2 * coefficients.sum(-1) + 2 * z_loss * (abs(lse.value) + off)
-        error_w = (slack + relative) * eps * unit + abs(cts.loss) * (moves * off + tiny * V)
+        error_w = (slack + relative) * eps * unit + abs(cts.loss) * (moves * off + off_target + tiny * V)
         error_w = error_w + np.where(counted, by_divisor_error * share + (V + 8) * eps * abs(by_divisor) * share, 0)
         shape = params["weights"].shape
         unit = unit + np.where(counted, abs(by_divisor) * share, 0)
@@ -888,6 +960,30 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     if case.transform == "hvp":
         second = (second, dz_size, bounded, slack[:, None] + near + relative, off)
     return Step(outputs, {n: tuple(map(np.asarray, x)) for n, x in grads.items()}, bad, dead, second)
+
+
+def _teacher(
+    case: Case, params: dict[str, np.ndarray], rows: Any, mask: np.ndarray, temperature: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Its probabilities, -log of those that are not 0, and how far they are off, relative to themselves."""
+    if case.function == "linear":
+        hidden, kernel = params["teacher_hidden"], params["teacher_kernel"]
+        axis = case.constants.get("teacher_vocab_axis", case.constants.get("vocab_axis", 1))
+        z = hidden.reshape(len(mask), hidden.shape[-1]) @ (kernel if axis else kernel.T)
+        z = z + params.get("teacher_bias", np.zeros(case.V))
+    else:
+        z = rows(params["teacher_logits"])
+    z = np.where(np.isnan(z), 0, z)  # of a row that does not count
+    error = np.zeros(z.shape)
+    if cap := case.constants.get("teacher_logit_softcap"):
+        z = cap * np.tanh(z / cap)
+        error = 8 * eps * abs(z)
+    z = z / temperature
+    error = np.where(np.isfinite(z) & mask, error / temperature + 2 * eps * abs(z), 0).max(-1, initial=0)
+    found = oracle.softmax(np.where(mask, z, -np.inf))
+    below = np.where(np.isfinite(found.below), found.below, 0)
+    surprise = np.where(found.p > 0, found.surprise, 0)
+    return found.p, surprise, 2 * error[:, None] + (16 + below) * eps
 
 
 class _FromProbs:
@@ -930,7 +1026,8 @@ def _summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def working(case: Case) -> dict[str, np.ndarray]:
     """The numbers that jaxce works with: options and target probabilities are cast to the working dtype first."""
     cast = ("targets", "weights", "temperature", "class_weights", "label_smoothing", "z_loss", "bias")
-    return {n: up(x.astype(case.dtype) if n in cast else x) for n, x in case.params.items()}
+    given = case.params | {n: x for n, x in case.data.items() if n.startswith("te")}
+    return {n: up(x.astype(case.dtype) if n in cast else x) for n, x in given.items()}
 
 
 def steps_of(case: Case, params: dict[str, np.ndarray]) -> list[Step]:
@@ -1051,10 +1148,11 @@ def _differences(case: Case, loss: Any, aux: Any, grads: dict[str, Any], second:
     lost = nan_rows if case.reduction == "none" else (poison.any(-1) if case.steps else any_poison)
     expect("loss", loss, *stacked("loss"), case.dtype, nan=lost)
     if aux is not None:
-        for name in AUX:
+        for name in case.aux:
             lost = nan_rows if name == "nll" else not_finite & ~rows  # a label that is no class spoils only nll
             expect(f"aux.{name}", getattr(aux, name), *stacked(name), case.dtype, nan=lost, skip=rows)
-        expect("aux.weight", aux.weight, *stacked("weight"), case.dtype, skip=nan_rows)
+        if not case.form:
+            expect("aux.weight", aux.weight, *stacked("weight"), case.dtype, skip=nan_rows)
         value, clear = stacked("prediction")
         expect("aux.prediction", aux.prediction, value, 0 * value, np.int32, skip=~clear.astype(bool) | rows | nan_rows)
 

@@ -1,6 +1,7 @@
 """What a loss value means: against scikit-learn and scipy, in batches as at once, in words and as a picture."""
 
 import functools
+import itertools
 import json
 import math
 import sys
@@ -508,6 +509,21 @@ def test_plots(rng, classes, tmp_path):
     assert len(by_class.patches) == min(classes, 20)
     assert by_class.patches[0].get_width() == max(c.loss for c in found.per_class)
     figure.savefig(tmp_path / "report.png")
+
+
+@pytest.mark.parametrize("losses", [(0.3, 0.45), (0.1, 1), (0.05, 2), (0.03, 9), (1e-3, 3), (1e-9, 10)])
+def test_the_ticks_of_losses_can_be_read(losses):
+    pytest.importorskip("matplotlib")
+    p = np.exp(-np.geomspace(*losses, 50))
+    found = diagnostics.report(np.log(np.stack([p, 1 - p], -1)), np.zeros(50, int))
+    figure = found.plot()
+    figure.canvas.draw()
+    axis, (low, high) = figure.axes[1].xaxis, figure.axes[1].get_xlim()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    shown = [tick.label1 for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()]
+    boxes = sorted((label.get_window_extent() for label in shown), key=lambda box: box.x0)
+    assert len(boxes) >= 2
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes)), [label.get_text() for label in shown]
 
 
 def test_plots_what_is_not_finite(tmp_path):
