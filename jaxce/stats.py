@@ -145,8 +145,7 @@ def merge(a: RowStats, b: RowStats) -> RowStats:
     maximum = jnp.maximum(a.max, b.max)
     high = jnp.where(swap, b.rest, a.rest)
     low = jnp.where(swap, a.rest, b.rest)
-    low_max = jnp.minimum(a.max, b.max)
-    scale = jnp.where(low_max == -jnp.inf, 0, jnp.exp(low_max - maximum))
+    scale = jnp.exp(jnp.minimum(a.max, b.max) - shift(maximum))
     merged = RowStats(maximum, high + (1 + low) * scale)
     if a.picked is not None and b.picked is not None:
         merged = merged._replace(picked=a.picked + b.picked)
@@ -172,7 +171,7 @@ def merge_shards(stats: RowStats, axes: AxisNames) -> RowStats:
         return stats
     maximum = lax.pmax(lax.stop_gradient(stats.max), axes)
     # The largest of all is left out as `jaxce.sums` leaves it out of a row, not told apart by being equal to it.
-    scale = jnp.where(stats.max == -jnp.inf, 0, jnp.exp(stats.max - maximum))
+    scale = jnp.exp(stats.max - shift(maximum))
     low, high = low_and_high(scale)
     parts = RowStats(
         max=high,
@@ -227,7 +226,7 @@ def _moved(gap: Gap, old: Array, new: Array) -> Gap:
 
 
 def _rescaled_spread(spread: Array, stats: RowStats, maximum: Array) -> Array:
-    down = maximum - stats.max
+    down = jnp.where(stats.max == -jnp.inf, 0, maximum - shift(stats.max))
     moved = jnp.exp(-down) * (spread + times(1 + stats.rest, down))
     return jnp.where(stats.max == -jnp.inf, 0, moved)
 

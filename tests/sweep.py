@@ -530,7 +530,8 @@ def _evaluate(case: Case) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     params = dict(case.params)
     data = dict(case.data)
     if case.jax_labels or case.kind == "probs":
-        data = {n: jnp.asarray(x) for n, x in data.items()}
+        with jax.debug_nans(False), jax.debug_infs(False):  # what is given may hold some
+            data = {n: jnp.asarray(x) for n, x in data.items()}
     loss_of = functools.partial(call, case)
     if transform == "checkpoint":
         loss_of = jax.checkpoint(loss_of)
@@ -581,7 +582,7 @@ def _evaluate(case: Case) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
         else:
             eagerly = transform == "eager" or transform.startswith("debug")
             if eagerly and case.mesh is None:
-                with jax.debug_nans(False), jax.debug_infs(False):  # what is given may hold some
+                with jax.debug_nans(False), jax.debug_infs(False):
                     params = {n: jnp.asarray(x) for n, x in params.items()}
             (_, (loss, aux)), grads, second = (program if eagerly else jax.jit(program))(params, traced)
         return loss, aux, grads, second
@@ -817,7 +818,7 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
             losses.entropy.value,
             np.sum(p * finite * (slack[:, None] + near), -1) * eps
             + 2 * (losses.entropy.value + 1 + off) * off
-            + tiny * V,
+            + tiny * V * (1 - math.log(tiny)),  # p·(−log p) of each p that is flushed to 0
         ),
         "weight": (applied, 4 * eps * abs(applied) + eps * V * abs(applied)),
     }
@@ -1074,8 +1075,10 @@ def second_derivatives(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for i in (-2, -1, 1, 2):
         (there,) = steps_of(case, params | {n: params[n] + i * h_step * x for n, x in tangent.items()})
         ends[i] = there.grads
-    # Differences err by eps/h of the gradient and by h⁴: far less than float32 does, and more than float64.
-    error_2 = error_2 + (curved + size) * 1e-9
+    # Differences err by eps/h of the gradient and by h⁴: far less than float32 does, and more than float64. So do the
+    # moved logits themselves, by eps/h of their common offset.
+    offset = 1e4 * (case.regime == "offset") * 2.0**-52 / h_step
+    error_2 = error_2 + (curved + size) * 1e-9 + size * offset / temperature
     error = error + dz_size * 1e-9
     bounds: dict[str, np.ndarray] = {}
     if case.function == "linear":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +84,65 @@ def test_classes_of_probability_zero():
         for mode in "recompute", "store":
             options = {"where": np.array([True, False, True]), "reduction": "mean", "mode": mode}
             jax.grad(lambda h, o: jaxce.linear_cross_entropy(h, KERNEL[:, :3], np.array([0, 2]), **o))(h, options)
+
+
+TEACHER = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
+HEAD = np.random.default_rng(2).normal(size=(1, 5)).astype(np.float32)
+WITHOUT_CLASS = np.where(np.arange(5) == 2, -INF, np.zeros((1, 5), np.float32))
+LEFT_OUT = {  # one token of three, or one class of five
+    "weight 0": {"weights": WEIGHTS},
+    "token": {"where": np.array([True, False, True])},
+    "class": {"where": np.arange(5) != 2},
+    "-inf": {"bias": WITHOUT_CLASS, "teacher_bias": WITHOUT_CLASS},
+}
+
+
+@pytest.mark.parametrize("bad", [0.0, NAN])
+@pytest.mark.parametrize("left_out", LEFT_OUT)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_distillation(divergence, left_out, bad):
+    """Whose rows that do not count may hold NaN, in both models, and whose classes may have no probability in both."""
+    options = LEFT_OUT[left_out]
+    bad = bad if left_out in ("weight 0", "token") else 0.0
+
+    def linear(h, mode, options):
+        g = np.array([[1.0], [bad], [-1.0]], np.float32)
+        own = {"divergence": divergence, "reduction": "mean", "mode": mode}
+        given = {name: x[0] if "bias" in name else x for name, x in options.items()}
+        return jaxce.linear_distillation_loss(h, KERNEL, g, HEAD, **own, **given)
+
+    def dense(h, options):
+        z, teacher = h @ KERNEL, TEACHER + np.where(np.arange(3)[:, None] == 1, np.float32(bad), 0)
+        options = dict(options)
+        z, teacher = (x + options.pop(name, 0) for x, name in ((z, "bias"), (teacher, "teacher_bias")))
+        return jaxce.distillation_loss(z, teacher, divergence=divergence, reduction="mean", **options)
+
+    with flags("debug_nans"):  # of one class without probability a program of its own returns an infinity
+        for loss in dense, lambda h, o: linear(h, "store", o), lambda h, o: linear(h, "recompute", o):
+            value, dh = jax.value_and_grad(loss)(rows(0.0), options)
+            chex.assert_tree_all_finite((value, dh))
+
+
+@pytest.mark.parametrize("left_out", ["token", "class", "-inf"])
+def test_log_probabilities(left_out):
+    options = {name: x for name, x in LEFT_OUT[left_out].items() if name != "teacher_bias"}
+
+    def linear(h, options):
+        ids = np.array([[0, 1], [3, 4], [1, 0]])
+        given = {name: x[0] if name == "bias" else x for name, x in options.items()}
+        log_p, aux = jaxce.linear_log_probs(h, KERNEL, ids, return_aux=True, **given)
+        return jnp.sum(log_p) + jnp.sum(aux.entropy[::2] + aux.tail[::2])
+
+    def dense(h, options):
+        options = dict(options)
+        z = h @ KERNEL + options.pop("bias", 0)
+        log_p, aux = jaxce.log_probs(z, np.array([0, 3, 1]), return_aux=True, **options)
+        return jnp.sum(log_p) + jnp.sum(aux.entropy[::2] + aux.tail[::2])
+
+    with flags("debug_nans"):
+        for loss in linear, dense:
+            value, dh = jax.value_and_grad(loss)(rows(0.0), options)
+            chex.assert_tree_all_finite((value, dh))
 
 
 @pytest.mark.slow

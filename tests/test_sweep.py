@@ -38,7 +38,14 @@ def a_case(**wanted) -> sweep.Case:
     def fits(case: sweep.Case) -> bool:
         return all(wish(case) if callable(wish) else getattr(case, name) == wish for name, wish in wanted.items())
 
-    wanted = {"function": "dense", "transform": "jit", "mesh": None, "kind": "index", "x64": False} | wanted
+    wanted = {
+        "function": "dense",
+        "transform": "jit",
+        "mesh": None,
+        "kind": "index",
+        "x64": False,
+        "form": None,
+    } | wanted
     cases = (sweep.draw(SEED, i) for i in itertools.count())
     return next(case for case in cases if fits(case) and size(case) and "logit_softcap" not in case.constants)
 
@@ -78,6 +85,14 @@ FAULTS = {
             )
         ),
     ),
+    "a divergence 1e-5 off": (
+        {"regime": "normal", "reduction": "none", "kind": "probs", "form": "distillation"},
+        lambda loss: lambda *a, **k: loss(*a, **k) * jnp.float32(1 + 1e-5),
+    ),
+    "log-probabilities 64 ε off": (
+        {"regime": "normal", "form": "log_probs", "cotangents": of_the_loss},
+        lambda log_p: lambda *a, **k: log_p(*a, **k) * jnp.float32(1 + 64 * np.finfo(np.float32).eps),
+    ),
     "an error": ({"cotangents": of_the_loss}, lambda loss: lambda *a, **k: 1 / 0),
 }
 
@@ -87,5 +102,5 @@ def test_the_sweep_notices(fault, monkeypatch):
     wanted, broken = FAULTS[fault]
     case = a_case(**wanted)
     assert sweep.check(case) == []
-    monkeypatch.setattr(jaxce, "softmax_cross_entropy", broken(jaxce.softmax_cross_entropy))
+    monkeypatch.setattr(jaxce, case.name, broken(getattr(jaxce, case.name)))
     assert sweep.check(case), case.describe()

@@ -69,6 +69,18 @@ def _histogram(axes: Any, report: Any) -> None:
         ylim=(0, 1.4 * max(1.0, float(np.nanmax(right + wrong)))),  # room for the legend, whatever the shape
     )
     axes.legend(loc="upper center", ncols=2)
+    _few_ticks(axes.xaxis, *axes.get_xlim())
+
+
+def _few_ticks(axis: Any, low: float, high: float) -> None:
+    """Plain numbers that do not run into each other: matplotlib labels every digit where a log axis is short."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    decades = np.log10(high / low)
+    digits = (1, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2 else (1,)
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _classes(axes: Any, report: Any) -> None:

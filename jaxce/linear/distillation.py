@@ -22,7 +22,7 @@ from jax.lax import PrecisionLike
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared
-from jaxce.compose import Counts, mean_divisor, who_counts
+from jaxce.compose import Counts, mean_divisor, who_counts, zero_if_too_large
 from jaxce.distillation import (
     Distillation,
     Factors,
@@ -44,7 +44,7 @@ from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.linear.store import only_asked, scaled, those_asked
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import explicit_mesh, sum_like, sum_over, vary, varying
-from jaxce.stats import RowStats, finite, matmul_dtype, merge, merge_shards, times, working_dtype
+from jaxce.stats import RowStats, finite, matmul_dtype, merge, merge_shards, working_dtype
 from jaxce.sums import Rows, row_stats
 from jaxce.targets import SparseTargets, Targets
 from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mode, Reduction, takes_variables
@@ -230,7 +230,8 @@ def _weighted_sum(plans: Plans, of: Distillation, tokens: Tokens, weights: Array
     def forward(plan: Plan, tokens: Tokens, weights: Array) -> Array:
         def block(start: Any, size: int, total: Array) -> Array:
             part, own = _rows((tokens, weights), start, size)
-            return total + jnp.sum(times(own, _forward(plan, of, part, keep=plan.keeps)[0]))
+            value = zero_if_too_large(_forward(plan, of, part, keep=plan.keeps)[0], own == 0)
+            return total + jnp.sum(own * value)
 
         zero = vary(jnp.zeros((), weights.dtype), varying(tokens, weights) - set(of.options.axis_name))
         return over_blocks(len(weights), plan.student.block_n or len(weights), block, zero)
@@ -250,19 +251,21 @@ def _weighted_sum_fwd(
         value, record, _ = _forward(plan, of, tokens)
         own = tokens.models.student, tokens.examples.temperature
         grads: Gradients = jax.tree.map(lambda x: jnp.zeros_like(x, weights.dtype), own)
-        return jnp.sum(times(weights, value)), value, grads, record
+        value = zero_if_too_large(value, weights == 0)
+        return jnp.sum(weights * value), value, grads, record
 
     def stored(plan: Plan, tokens: Tokens, weights: Array) -> tuple[Array, Array, Gradients, Record]:
         def block(start: Any, size: int, state: Any) -> Any:
             total, divergences, (of_hidden, *sums), of_temperature = state
             part, own = _rows((tokens, weights), start, size)
             value, record, kept = _forward(plan, of, part, keep=True)
+            value = zero_if_too_large(value, own == 0)
             given = plan, of, part, factors(record, own), kept, tuple(sums)
             (dhidden, *sums), dtemperature = _backward(*given)
             if of_temperature is not None and dtemperature is not None:
                 of_temperature = put(of_temperature, dtemperature, start, 0)
             return (
-                total + jnp.sum(times(own, value)),
+                total + jnp.sum(own * value),
                 put(divergences, value, start, 0),
                 Projection(put(of_hidden, dhidden, start, 0), *sums),
                 of_temperature,
