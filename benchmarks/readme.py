@@ -311,6 +311,25 @@ def sharded_table(results: dict[str, Any]) -> str:
     )
 
 
+def posttraining_gpu_table(results: dict[str, Any]) -> str:
+    """The same, compiled for a GPU."""
+    rows = [
+        [
+            row["loss"],
+            form,
+            f"{figures['temp_bytes'] / 1e6:,.0f} MB",
+            f"{figures['bytes'] / 1e9:.0f} GB",
+            f"{figures['launches']:,}",
+        ]
+        for row in results["rows"]
+        for form, figures in row["figures"].items()
+    ]
+    first, (n, d, v) = results["rows"][0], results["rows"][0]["shape"]
+    table = markdown(["loss", "", "temporary memory", "bytes moved", "kernels"], rows)
+    jax = results["environment"]["versions"]["jax"]
+    return f"{n} x {d} x {v}, bfloat16, compiled for {first['chip']} (jax {jax}):\n\n{table}"
+
+
 def posttraining_table(results: dict[str, Any]) -> str:
     """Log-probabilities and distillation beside the same on materialised logits."""
 
@@ -457,6 +476,7 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
     "cifar10-full": (cifar10_table, "cifar10-full/history.json"),
     "posttraining": (posttraining_table, "posttraining.json"),
     "posttraining-newest-jax": (posttraining_table, "newest-jax/posttraining.json"),
+    "posttraining-gpu": (posttraining_gpu_table, "posttraining-h100.json"),
     "language-model": (language_model_table, "language-model/history.json"),
     "language-model-distill": (students_table, "language-model-distill/history.json"),
     "language-model-dpo": (preferences_table, "language-model-dpo/history.json"),

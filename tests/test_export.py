@@ -177,3 +177,22 @@ def test_what_a_mode_keeps_for_the_backward_pass():
         assert 0.9 * plan.kept_bytes <= growth <= 1.2 * (plan.kept_bytes + arguments)
         several = plan.mode == "store" and plan.block_n < n
         assert (plan.kept_bytes > 4 * d * v) == several
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_second_derivatives_are_lowered_for_every_platform(platform):
+    """Of a loss that computes gradients along with it on some platforms, and on others does not."""
+    hidden, kernel, labels = arrays_of(4096, 8, 32768)
+    modes = {
+        each: jaxce.plan_linear_cross_entropy(hidden, kernel, labels, reduction="mean", platform=each).mode
+        for each in plans.PLATFORMS
+    }
+    assert set(modes.values()) == {"store", "recompute"}
+
+    def product(h, k, y):
+        def loss(h, k):
+            return jaxce.linear_cross_entropy(h, k, y, reduction="mean")
+
+        return jax.jvp(jax.grad(loss, (0, 1)), (h, k), (h, k))
+
+    assert jax.jit(product).trace(hidden, kernel, labels).lower(lowering_platforms=(platform,)).as_text()

@@ -40,13 +40,21 @@ def loss(
     shared: Shared,
     counts: Counts,
     known: Records = (None, None),
+    rule: bool = True,
 ) -> tuple[Result, Records]:
-    """The loss of hidden states `[..., D]`, and the records of their rows, which an earlier pass may have left."""
-    projection, rows = reverse_mode_only((projection, of_terms(options, examples, shared)))
-    terms, record = linear_terms(schedules, options, projection, *rows, known[0])
+    """The loss of hidden states `[..., D]`, and the records of their rows, which an earlier pass may have left.
+
+    rule: with a rule for reverse mode. Without it, what another rule's forward pass is made of, which is differentiated
+      in forward mode where a gradient is.
+    """
+    rows = of_terms(options, examples, shared)
+    if rule:
+        projection, rows = reverse_mode_only((projection, rows))
+    terms_of = linear_terms if rule else _terms_and_record
+    terms, record = terms_of(schedules, options, projection, *rows, known[0])
     unweighted = other = None
     if (without := of_nll(options, *rows)) is not None:
-        (_, unweighted, *_), other = linear_terms(schedules, without[0], projection, *without[1:], known[1])
+        (_, unweighted, *_), other = terms_of(schedules, without[0], projection, *without[1:], known[1])
     num_classes = projection.kernel.shape[schedules[0].vocab_axis] * shard_count(options.axis_name)
     given = options, terms, examples, shared, counts, num_classes
     return compose(*given, unweighted=unweighted, prediction=record.argmax), (record, other)

@@ -64,8 +64,9 @@ def _recomputed_sum(
     counts: Counts,
     divisor: Array,
     known: recompute.Records = (None, None),
+    rule: bool = True,
 ) -> tuple[Sum, recompute.Records]:
-    result, records = recompute.loss(schedules, options, *arguments, counts, known)
+    result, records = recompute.loss(schedules, options, *arguments, counts, known, rule)
     total, aux = result if isinstance(result, tuple) else (result, None)
     return (total / divisor, aux), records
 
@@ -106,7 +107,7 @@ def _summed_fwd(
         return *_forward(schedule, options, arguments, counts, divisor, unweighted), records
 
     def recomputed(schedule: Schedule, arguments: Arguments, counts: Counts, divisor: Array) -> tuple[Any, ...]:
-        (loss, aux), records = _recomputed_sum((schedule,) * 3, options, arguments, counts, divisor)
+        (loss, aux), records = _recomputed_sum((schedule,) * 3, options, arguments, counts, divisor, rule=False)
         grads = jax.tree.map(lambda x: jnp.zeros_like(x, divisor.dtype), _floats(arguments))
         return loss, aux, grads, records
 
