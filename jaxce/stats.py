@@ -227,8 +227,7 @@ def _moved(gap: Gap, old: Array, new: Array) -> Gap:
 
 def _rescaled_spread(spread: Array, stats: RowStats, maximum: Array) -> Array:
     down = jnp.where(stats.max == -jnp.inf, 0, maximum - shift(stats.max))
-    moved = jnp.exp(-down) * (spread + times(1 + stats.rest, down))
-    return jnp.where(stats.max == -jnp.inf, 0, moved)
+    return jnp.exp(-down) * (spread + times(1 + stats.rest, down))
 
 
 def shift(maximum: Array) -> Array:

@@ -105,6 +105,10 @@ class Case:
         return tuple(name for name in AUX if not (self.form and name == "nll"))
 
     @property
+    def teacher_vocab_axis(self) -> int:
+        return self.constants.get("teacher_vocab_axis", self.constants.get("vocab_axis", 1))
+
+    @property
     def reduction(self) -> str:
         return self.constants.get("reduction", "none")
 
@@ -429,10 +433,9 @@ def _draw_teacher(
     hidden, kernel = (rng.integers(-4, 5, shape) / 4 for shape in ((total, D), (D, V)))
     hidden[bad] = np.nan
     data["teacher_hidden"] = hidden.reshape(*lead, *case.batch, D).astype(dtype)
-    own = case.constants.get("vocab_axis", 1)
     if rng.random() < 0.3:
-        own = case.constants["teacher_vocab_axis"] = 1 - own
-    data["teacher_kernel"] = (kernel if own else kernel.T).astype(case.params["kernel"].dtype)
+        case.constants["teacher_vocab_axis"] = 1 - case.teacher_vocab_axis
+    data["teacher_kernel"] = (kernel if case.teacher_vocab_axis else kernel.T).astype(case.params["kernel"].dtype)
     if gone.any():
         data["teacher_bias"] = np.where(gone[0], -np.inf, 0).astype(dtype)
 
@@ -612,7 +615,6 @@ def dims(case: Case, name: str) -> tuple[Any, ...]:
     if case.function != "linear":
         axis = case.axis % len(rows)
         rows.insert(axis, rows.pop())
-    teacher_axis = case.constants.get("teacher_vocab_axis", case.constants.get("vocab_axis"))
     full = {
         "logits": rows,
         "hidden": (*batch, None),
@@ -620,7 +622,7 @@ def dims(case: Case, name: str) -> tuple[Any, ...]:
         "bias": ("v",),
         "teacher_logits": rows,
         "teacher_hidden": (*batch, None),
-        "teacher_kernel": ("v", None) if teacher_axis == 0 else (None, "v"),
+        "teacher_kernel": ("v", None) if case.teacher_vocab_axis == 0 else (None, "v"),
         "teacher_bias": ("v",),
         "targets": rows if case.kind == "probs" else (*batch, None),
         "labels": (*batch, None) if case.kind == "sparse" else batch,
@@ -969,8 +971,7 @@ def _teacher(
     """Its probabilities, -log of those that are not 0, and how far they are off, relative to themselves."""
     if case.function == "linear":
         hidden, kernel = params["teacher_hidden"], params["teacher_kernel"]
-        axis = case.constants.get("teacher_vocab_axis", case.constants.get("vocab_axis", 1))
-        z = hidden.reshape(len(mask), hidden.shape[-1]) @ (kernel if axis else kernel.T)
+        z = hidden.reshape(len(mask), hidden.shape[-1]) @ (kernel if case.teacher_vocab_axis else kernel.T)
         z = z + params.get("teacher_bias", np.zeros(case.V))
     else:
         z = rows(params["teacher_logits"])
@@ -1027,7 +1028,7 @@ def _summed_to(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def working(case: Case) -> dict[str, np.ndarray]:
     """The numbers that jaxce works with: options and target probabilities are cast to the working dtype first."""
     cast = ("targets", "weights", "temperature", "class_weights", "label_smoothing", "z_loss", "bias")
-    given = case.params | {n: x for n, x in case.data.items() if n.startswith("te")}
+    given = case.params | {n: x for n, x in case.data.items() if n.startswith(("teacher", "temperature"))}
     return {n: up(x.astype(case.dtype) if n in cast else x) for n, x in given.items()}
 
 
