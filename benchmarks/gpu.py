@@ -112,7 +112,7 @@ def problem_of(cell: Cell) -> costs.Problem:
 
 def modelled(cell: Cell, mode: str, block_n: int, block_v: int, kind: str) -> dict[str, float]:
     """The model's cost of a plan on a card, where its loops are those of a GPU."""
-    cost = plans.METHODS[mode].gpu_cost(problem_of(cell), block_n, block_v, chips.gpu(kind))
+    cost = plans.ON_GPU[mode].gpu_cost(problem_of(cell), block_n, block_v, chips.gpu(kind))
     return {"model_ms": cost.seconds * 1e3, "model_bytes": cost.bytes, "model_launches": cost.launches}
 
 

@@ -28,7 +28,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1", "v4": "v4:2x2x1"}
 
 
 def compile_for(chip: str, f: Callable, *shapes: Any, told: bool = True) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def compile_for(chip: str, f: Callable, *shapes: Any, told: bool = True) -> dict
         program = jax.jit(f, in_shardings=one, out_shardings=one).lower(*shapes).compile()
     text, cost = program.as_text() or "", program.cost_analysis() or {}
     return {
-        "bytes": cost["bytes accessed"],
+        "bytes": cost.get("bytes accessed", 0.0),
         "cycles": estimated_cycles(text),
         "temp_bytes": temp_bytes(program),
         "gathers_and_scatters": [*re.findall(r"= (\S+) (?:gather|scatter)\(", text)],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxce.targets import Ids, sort_by_kind
 from jaxce.types import Implementation, Reduction
 
 Change = Callable[[Array], Array]
+Models = TypeVar("Models")  # a `Projection`, or several
 
 
 def _unchanged(x: Array) -> Array:
@@ -139,6 +140,7 @@ def checked_options(
     batch_axis_name: Any = None,
     return_aux: bool = False,
     implementation: str | None = None,
+    implementations: tuple[str, ...] = get_args(Implementation),
 ) -> tuple[Examples, Shared, Options]:
     """The same without targets."""
     batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
@@ -147,7 +149,7 @@ def checked_options(
     checks.scalar("label_smoothing", label_smoothing, 0, 1)
     checks.scalar("z_loss", z_loss, 0, math.inf)
     checks.one_of("reduction", reduction, get_args(Reduction))
-    checks.one_of("implementation", implementation, (None, *get_args(Implementation)))
+    checks.one_of("implementation", implementation, (None, *implementations))
     checks.one_of("return_aux", return_aux, (False, True))
     split_classes, split_batch = checks.mesh_axes(axis_name, batch_axis_name, reduction)
     if logit_softcap is not None:
@@ -208,3 +210,24 @@ def of_nll(options: Options, examples: Examples, shared: Shared) -> tuple[Option
         return None
     without = options.of_nll
     return without, *of_terms(without, examples, shared._replace(class_weights=None))
+
+
+def flat(batch: list[int], models: Models, examples: Examples) -> tuple[Models, Examples]:
+    """One axis of N tokens in place of the batch axes."""
+    n = math.prod(batch)
+
+    def row(x: Array) -> Array:
+        return jnp.broadcast_to(x, batch).reshape(n)
+
+    def entries(x: Array) -> Array:
+        return x.reshape(n, x.shape[-1])
+
+    def classes(x: Array) -> Array:
+        if all(k == 1 for k in x.shape[:-1]):  # a mask that is the same for all
+            return x.reshape(1, x.shape[-1])
+        return entries(jnp.broadcast_to(x, (*batch, x.shape[-1])))
+
+    flat_models: Models = jax.tree.map(
+        lambda x: x._replace(hidden=entries(x.hidden)), models, is_leaf=lambda x: isinstance(x, Projection)
+    )
+    return flat_models, examples.by_kind(row, entries, classes)

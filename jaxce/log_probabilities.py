@@ -54,6 +54,9 @@ class CommonOptions(TypedDict, Generic[Array_], total=False):
     temperature: Array_
     ignore_index: int | None
     axis_name: AxisName
+
+
+class DenseOptions(CommonOptions[ArrayLike], total=False):
     implementation: Implementation | None
 
 
@@ -65,7 +68,7 @@ def log_probs(
     where: ArrayLike | None = None,
     *,
     return_aux: Literal[True],
-    **options: Unpack[CommonOptions[ArrayLike]],
+    **options: Unpack[DenseOptions],
 ) -> tuple[Array, LogProbsAux]: ...
 
 
@@ -77,7 +80,7 @@ def log_probs(
     where: ArrayLike | None = None,
     *,
     return_aux: Literal[False] = False,
-    **options: Unpack[CommonOptions[ArrayLike]],
+    **options: Unpack[DenseOptions],
 ) -> Array: ...
 
 
@@ -89,7 +92,7 @@ def log_probs(
     where: ArrayLike | None = None,
     *,
     return_aux: bool,
-    **options: Unpack[CommonOptions[ArrayLike]],
+    **options: Unpack[DenseOptions],
 ) -> Result: ...
 
 

@@ -26,6 +26,7 @@ from jaxce.types import ArrayLike, Axis, AxisName, Implementation, Reduction, ta
 
 
 class DenseOptions(types.CommonOptions[ArrayLike], total=False):
+    implementation: Implementation | None
     labels: Targets
 
 

@@ -11,6 +11,7 @@ sum is `1 + rest`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -150,9 +151,9 @@ def merge(a: RowStats, b: RowStats) -> RowStats:
     if a.picked is not None and b.picked is not None:
         merged = merged._replace(picked=a.picked + b.picked)
     if a.target is not None and b.target is not None:
-        merged = merged._replace(target=_merge_gaps(a.target, a.max, b.target, b.max))
+        merged = merged._replace(target=merged_gaps(a.target, a.max, b.target, b.max))
     if a.smoothing is not None and b.smoothing is not None:
-        merged = merged._replace(smoothing=_merge_gaps(a.smoothing, a.max, b.smoothing, b.max))
+        merged = merged._replace(smoothing=merged_gaps(a.smoothing, a.max, b.smoothing, b.max))
     if a.spread is not None and b.spread is not None:
         merged = merged._replace(spread=_rescaled_spread(a.spread, a, maximum) + _rescaled_spread(b.spread, b, maximum))
     if a.argmax is not None and b.argmax is not None:
@@ -169,7 +170,19 @@ def merge_shards(stats: RowStats, axes: AxisNames) -> RowStats:
     """
     if not axes:
         return stats
-    maximum = lax.pmax(lax.stop_gradient(stats.max), axes)
+    merged = merge_along(stats, lambda x: lax.pmax(lax.stop_gradient(x), axes), lambda tree: lax.psum(tree, axes))
+    argmax = None if stats.argmax is None else merge_argmax(stats.max, stats.argmax, axes)
+    outside = None if stats.outside is None else merge_shards(stats.outside, axes)
+    return merged._replace(argmax=argmax, outside=outside)
+
+
+def merge_along(
+    stats: RowStats,
+    largest: Callable[[Array], Array],
+    total: Callable[[tuple[RowStats, Array]], tuple[RowStats, Array]],
+) -> RowStats:
+    """The record of the joint rows, but for `argmax` and `outside`, of parts whose maximum and sums these find."""
+    maximum = largest(stats.max)
     # The largest of all is left out as `jaxce.sums` leaves it out of a row, not told apart by being equal to it.
     scale = jnp.exp(stats.max - shift(maximum))
     low, high = low_and_high(scale)
@@ -181,12 +194,8 @@ def merge_shards(stats: RowStats, axes: AxisNames) -> RowStats:
         smoothing=None if stats.smoothing is None else _moved(stats.smoothing, stats.max, maximum),
         spread=None if stats.spread is None else _rescaled_spread(stats.spread, stats, maximum),
     )
-    sums: RowStats
-    sums, low = lax.psum((parts, low), axes)
-    argmax = None if stats.argmax is None else merge_argmax(stats.max, stats.argmax, axes)
-    outside = None if stats.outside is None else merge_shards(stats.outside, axes)
-    rest = sums.rest + without_largest(low, sums.max)
-    return sums._replace(max=maximum, rest=rest, argmax=argmax, outside=outside)
+    sums, low = total((parts, low))
+    return sums._replace(max=maximum, rest=sums.rest + without_largest(low, sums.max))
 
 
 def low_and_high(e: Array) -> tuple[Array, Array]:
@@ -214,7 +223,7 @@ def merge_argmax(maximum: Array, argmax: Array, axes: AxisNames) -> Array:
     return jnp.where(first == none, nearby, first)
 
 
-def _merge_gaps(a: Gap, a_max: Array, b: Gap, b_max: Array) -> Gap:
+def merged_gaps(a: Gap, a_max: Array, b: Gap, b_max: Array) -> Gap:
     maximum = jnp.maximum(a_max, b_max)
     a, b = _moved(a, a_max, maximum), _moved(b, b_max, maximum)
     return Gap(a.sum + b.sum, a.mass + b.mass)

@@ -14,6 +14,7 @@ from jaxce import checks
 
 Reduction = Literal["none", "sum", "mean", "mean_count"]
 Implementation = Literal["xla", "autodiff"]
+LinearImplementation = Literal["xla", "autodiff", "pallas_tpu"]
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
 Mode = Literal["recompute", "store"]
 Platform = Literal["cpu", "tpu", "gpu"]
@@ -45,7 +46,6 @@ class CommonOptions(TypedDict, Generic[Array_], total=False):
     reduction: Reduction
     axis_name: AxisName
     batch_axis_name: AxisName
-    implementation: Implementation | None
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax import Array
+from jax.typing import DTypeLike
 
 # XLA multiplies bfloat16 on CPU (seen in 0.12; 0.10 widens the factors, or has no such product).
 NARROW_PRODUCTS_ON_CPU = jax.__version_info__ >= (0, 12)
@@ -18,6 +20,13 @@ def varying_axes(aval: Any) -> frozenset[str]:
     """The mesh axes of a `shard_map` along which arrays of this type differ: `aval.mat.varying` from JAX 0.10.2 on."""
     axes: frozenset[str] = aval.mat.varying if hasattr(aval, "mat") else aval.vma
     return axes
+
+
+def described(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> jax.ShapeDtypeStruct:
+    """An array that differs along the same mesh axes as `like`: `manual_axis_type=aval.mat` from JAX 0.10.2 on."""
+    aval: Any = jax.typeof(like)
+    axes: dict[str, Any] = {"manual_axis_type": aval.mat} if hasattr(aval, "mat") else {"vma": aval.vma}
+    return jax.ShapeDtypeStruct(shape, dtype, **axes)
 
 
 def platform_of(device: Any) -> str:

@@ -48,6 +48,7 @@ ORDER = [
     "jaxce.linear.vocabulary",
     "jaxce.linear.chips",
     "jaxce.linear.costs",
+    "jaxce.linear.pallas_tpu",
     "jaxce.linear.recompute",
     "jaxce.linear.store",
     "jaxce.linear.plan",

@@ -146,11 +146,12 @@ def random_cotangents(rng, reduction, batch=(N,)):
 def assert_near_the_oracle(args, cotangents, outs, grads):
     """Against float64; returns the oracle's gradients and the relative error that the rounding of logits allows.
 
-    A logit is a sum of D products and a bias: off by at most (D + 2) ε Σ|h||k|. A −log p is then off by at most twice
+    A logit is a sum of d products and a bias: off by at most (d + 2) ε Σ|h||k|. A −log p is then off by at most twice
     that, absolutely, and so is log p_j: an entry of the gradient is off by that part of its size, once more for a sum
     over classes in it.
     """
     h, k, b = (np.asarray(args[name]).astype(np.float64) for name in ("hidden", "kernel", "bias"))
+    n, (d, v) = len(h), k.shape
     targets = args["targets"]
     if isinstance(targets, SparseTargets):
         t = oracle.dense(targets.indices, targets.probs, k.shape[1])
@@ -158,24 +159,24 @@ def assert_near_the_oracle(args, cotangents, outs, grads):
         t = oracle.one_hot(targets, k.shape[1]) if targets.ndim == 1 else np.asarray(targets, np.float64)
     options = {name: args[name] for name in ("weights", "class_weights", "label_smoothing", "z_loss")}
     problem = oracle.Problem(h @ k + b[None], t, **options)
-    off = 2 * (D + 2) * EPS * np.max(np.abs(h) @ np.abs(k) + np.abs(b)[None])
+    off = 2 * (d + 2) * EPS * np.max(np.abs(h) @ np.abs(k) + np.abs(b)[None])
 
     losses = problem.losses()
     lse = np.abs(losses.log_normalizer.value)
     weight = args["weights"] * (2 * args["class_weights"].max() + 2 * args["z_loss"] * lse)
-    moves = [weight, np.ones(N), np.ones(N), 1 + problem.softmax.below.max(-1)]  # of each output, for a −log p's 1
+    moves = [weight, np.ones(n), np.ones(n), 1 + problem.softmax.below.max(-1)]  # of each output, for a −log p's 1
     for out, expected, move in zip(outs, losses, moves, strict=False):
         bound = 16 * EPS * expected.size + 2 * off * move
         if np.shape(out):
             oracle.assert_within(out, expected.value, bound, "per token")
         else:
-            oracle.assert_within(out, expected.value.sum(), bound.sum() + N * EPS * expected.size.sum(), "sum")
+            oracle.assert_within(out, expected.value.sum(), bound.sum() + n * EPS * expected.size.sum(), "sum")
 
     wanted = problem.gradients(oracle.Cotangents(*cotangents))
     dz, size = wanted.logits
     error = size * (16 * EPS + 3 * off)
     # The products that make the gradients round as well: one ε for each number added, of the sum of magnitudes.
-    rounding = EPS * (V + N + 4) * size
+    rounding = EPS * (v + n + 4) * size
     oracle.assert_within(grads["hidden"], dz @ k.T, (error + rounding) @ np.abs(k.T), "hidden")
     oracle.assert_within(grads["kernel"], h.T @ dz, np.abs(h.T) @ (error + rounding), "kernel")
     oracle.assert_within(grads["bias"], dz.sum(0), (error + rounding).sum(0), "bias")

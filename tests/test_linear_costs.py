@@ -30,7 +30,7 @@ LARGE = shapes(COMPILED["n"], COMPILED["d"], COMPILED["v"])
 @pytest.mark.parametrize("row", OURS, ids=lambda row: f"{row['mode']} {row['block_n']} x {row['block_v']}")
 def test_kernels_are_those_of_a_compiled_program(row):
     problem = problem_of(**LARGE, reduction="mean")
-    method, blocks = plans.METHODS[row["mode"]], (row["block_n"], row["block_v"])
+    method, blocks = plans.ON_GPU[row["mode"]], (row["block_n"], row["block_v"])
     cost = method.gpu_cost(problem, *blocks, chips.gpu("NVIDIA H100"))
     assert cost.launches == row["launches"]
     assert cost.bytes == pytest.approx(row["bytes"], rel=0.2)
@@ -41,7 +41,7 @@ def test_operations_are_those_of_the_matmuls():
     N, D, V = 1000, 96, 30000
     problem = problem_of(**shapes(N, D, V), reduction="mean")
     for mode, block_n, block_v, matmuls in ("recompute", N, 7000, 4), ("store", 250, V, 3):
-        cost = plans.METHODS[mode].gpu_cost(problem, block_n, block_v, chips.gpu("NVIDIA L4"))
+        cost = plans.ON_GPU[mode].gpu_cost(problem, block_n, block_v, chips.gpu("NVIDIA L4"))
         assert cost.flops == pytest.approx(matmuls * 2 * N * D * V)
 
 

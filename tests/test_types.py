@@ -23,7 +23,7 @@ LABELS = np.array([0, 2, 1, 1])
     [
         (jaxce.softmax_cross_entropy, softmax.DenseOptions),
         (jaxce.linear_cross_entropy, linear.LinearOptions),
-        (jaxce.log_probs, log_probabilities.CommonOptions),
+        (jaxce.log_probs, log_probabilities.DenseOptions),
         (jaxce.linear_log_probs, linear_log_probabilities.LinearOptions),
     ],
     ids=["dense", "linear", "log_probs", "linear_log_probs"],

@@ -12,17 +12,27 @@ from jax import Array
 from jax.lax import PrecisionLike
 
 from jaxce import checks, types
-from jaxce.arguments import Examples, Options, Projection, Shared
+from jaxce.arguments import Examples, Options, Projection, Shared, flat
 from jaxce.compose import CrossEntropyAux
 from jaxce.linear import blocks, chips, mesh, recompute, store
 from jaxce.linear import plan as plans
-from jaxce.linear.arguments import checked_linear, flat, prepared
+from jaxce.linear.arguments import checked_linear, prepared
 from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan
 from jaxce.sharding import explicit_mesh
 from jaxce.softmax import loss_of_logits
 from jaxce.targets import Targets
-from jaxce.types import Array_, ArrayLike, AxisName, Implementation, Mode, Platform, Reduction, Shape, takes_variables
+from jaxce.types import (
+    Array_,
+    ArrayLike,
+    AxisName,
+    LinearImplementation,
+    Mode,
+    Platform,
+    Reduction,
+    Shape,
+    takes_variables,
+)
 
 VocabAxis = Literal[0, 1, -1, -2]
 
@@ -34,6 +44,7 @@ class LinearOptions(types.CommonOptions[Array_], Generic[Array_], total=False):
     mode: Mode | None
     memory_budget: int | None
     plan: LinearPlan | None
+    implementation: LinearImplementation | None
     precision: PrecisionLike
 
 
@@ -90,7 +101,7 @@ def linear_cross_entropy(
     axis_name: AxisName = None,
     batch_axis_name: AxisName = None,
     return_aux: bool = False,
-    implementation: Implementation | None = None,
+    implementation: LinearImplementation | None = None,
     mode: Mode | None = None,
     memory_budget: int | None = None,
     plan: LinearPlan | None = None,
@@ -123,6 +134,10 @@ def linear_cross_entropy(
         all of them: the same number on every device.
       return_aux: also return a `jaxce.CrossEntropyAux`.
       implementation: `"autodiff"` is plain JAX for forward mode (jvp, jacfwd, linearize), and does hold the logits.
+        `"pallas_tpu"` asks for kernels on TPU: "recompute" with the exponentials computed while the next product is
+        under way; compiled for v4 to TPU7x and interpreted, not yet run on a TPU. It is for bfloat16 and float32,
+        class indices or sparse targets of up to 8 classes, and masks that are the same for all tokens, without
+        temperature; on other platforms the loss is computed as without it.
       mode: `"recompute"` goes through blocks of the vocabulary, twice: once for the loss and once for the gradient,
         which takes four matmuls and hardly any memory. `"store"` goes through blocks of tokens and computes the
         gradients along with the loss, three matmuls; it is for losses that are one number (`reduction` not "none"), and

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -13,14 +12,13 @@ from jax import Array
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared, checked
 from jaxce.compose import Counts, who_counts
-from jaxce.linear import blocks, mesh
+from jaxce.linear import blocks, mesh, pallas_tpu
 from jaxce.linear import plan as plans
 from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan
 from jaxce.sharding import vary
 from jaxce.stats import matmul_dtype, working_dtype
-
-Models = TypeVar("Models")  # a `Projection`, or several
+from jaxce.types import LinearImplementation
 
 
 def checked_linear(
@@ -41,7 +39,10 @@ def checked_linear(
     hidden, kernel, _ = projection
     (*batch, D), V = hidden.shape, kernel.shape[vocab_axis]
     dtype = matmul_dtype(hidden.dtype, kernel.dtype)
-    examples, shared, constants = checked(targets, (*batch, V), (len(batch),), dtype, targets_name, **options)
+    implementations = get_args(LinearImplementation)
+    examples, shared, constants = checked(
+        targets, (*batch, V), (len(batch),), dtype, targets_name, **options, implementations=implementations
+    )
     checks.split_over("kernel", kernel, constants.axis_name, "classes")
     checks.split_over("hidden", hidden, constants.batch_axis_name, "tokens")
     check_mode(mode, memory_budget, constants)
@@ -69,6 +70,8 @@ def checked_linear(
         class_weights=shared.class_weights is not None,
         mask_per_token=examples.where is not None and any(n != 1 for n in examples.where.shape[:-1]),
     )
+    if constants.implementation == "pallas_tpu":
+        pallas_tpu.check(problem, precision)
     schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget, plan)
     return projection, examples, shared, constants, schedules, problem
 
@@ -106,9 +109,11 @@ def check_mode(mode: str | None, memory_budget: Any, options: Options) -> None:
     if mode == "store" and options.reduction == "none":
         hint = "Reduce in the loss, reduction='sum' for instance, or use mode='recompute'."
         checks.fail(ValueError, "mode", "'recompute' for reduction='none'", "'store', which needs one number", hint)
-    if options.implementation == "autodiff" and (mode, memory_budget) != (None, None):
-        hint = "It holds all the logits; leave mode and memory_budget out."
-        checks.fail(ValueError, "implementation", "'xla' with a mode or a memory budget", "'autodiff'", hint)
+    if options.implementation != "xla" and (mode, memory_budget) != (None, None):
+        why = "It holds all the logits" if options.implementation == "autodiff" else "It has blocks of its own"
+        hint = f"{why}; leave mode and memory_budget out."
+        expected = "'xla' with a mode or a memory budget"
+        checks.fail(ValueError, "implementation", expected, repr(options.implementation), hint)
 
 
 def _check_plan(plan: Any, shape: tuple[Any, ...], mode: str | None, memory_budget: Any, options: Options) -> None:
@@ -164,24 +169,3 @@ def _without_unused_of(options: Options, hidden: Array, examples: Examples, shar
 
 def without_unused(unused: Array, hidden: Array) -> Array:
     return jnp.where(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros_like(hidden), hidden)
-
-
-def flat(batch: list[int], models: Models, examples: Examples) -> tuple[Models, Examples]:
-    """One axis of N tokens in place of the batch axes."""
-    n = math.prod(batch)
-
-    def row(x: Array) -> Array:
-        return jnp.broadcast_to(x, batch).reshape(n)
-
-    def entries(x: Array) -> Array:
-        return x.reshape(n, x.shape[-1])
-
-    def classes(x: Array) -> Array:
-        if all(k == 1 for k in x.shape[:-1]):  # a mask that is the same for all
-            return x.reshape(1, x.shape[-1])
-        return entries(jnp.broadcast_to(x, (*batch, x.shape[-1])))
-
-    flat_models: Models = jax.tree.map(
-        lambda x: x._replace(hidden=entries(x.hidden)), models, is_leaf=lambda x: isinstance(x, Projection)
-    )
-    return flat_models, examples.by_kind(row, entries, classes)

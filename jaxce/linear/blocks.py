@@ -35,6 +35,7 @@ class Schedule(NamedTuple):
     retiles: bool = False  # for a chip that copies sliced kernels
     row_major: bool = False  # the gradient of the logits, for a compiler that transposes the kernel otherwise
     transposes: bool = False  # hidden states once, rather than in the product of every block
+    kernels: Any = None  # `jaxce.linear.pallas_tpu.Blocks`, where its kernels go through the blocks
 
 
 # For "cpu", "tpu" and every other platform: which one it is, is known when the program is lowered, and not before.
@@ -51,14 +52,18 @@ def by_platform(schedules: tuple[Own, Own, Own], compute: Callable[..., Any], *a
     return lax.platform_dependent(*args, **branches, default=functools.partial(compute, default))
 
 
-def over_blocks(length: int, size: int, block: Callable[[Any, int, State], State], state: State) -> State:
-    """Folds `block(start, size, state)` over 0..length. What is left at the end is a block of its own, not padded."""
-    whole, left = divmod(length, size)
+def over_blocks(
+    length: int, size: int, block: Callable[[Any, int, State], State], state: State, done: int = 0
+) -> State:
+    """Folds `block(start, size, state)` over done..length. The rest at the end is a block of its own, not padded."""
+    whole, left = divmod(length - done, size)
     if whole == 1:
-        state = block(0, size, state)
+        state = block(done, size, state)
     elif whole:
-        state = lax.fori_loop(0, whole, lambda i, state: block(i * size, size, state), state)
-    return block(whole * size, left, state) if left else state
+        state = lax.fori_loop(
+            0, whole, lambda i, state: block(i * size + done if done else i * size, size, state), state
+        )
+    return block(done + whole * size, left, state) if left else state
 
 
 def take(x: Array, start: Any, size: int, axis: int, schedule: Schedule | None = None) -> Array:

@@ -5,6 +5,8 @@ kernel that a loop slices is copied whole before the loop, once for each pass: 1
 gather picks are retiled as they come; columns, once they were widened to 32 bits and narrowed again. Gradients are
 rounded after they were retiled.
 
+**On-chip memory** (VMEM) and cores of the generations, for `jaxce.linear.pallas_tpu`, as libtpu has them.
+
 **GPUs** are described by their data sheets, for `jaxce.linear.costs`.
 """
 
@@ -57,6 +59,28 @@ def block_eighths(kind: str, vocab_axis: int) -> tuple[int, int]:
     if kind == "TPU7x":
         return 7, 9 if vocab_axis == 1 else 8
     return 8, 8
+
+
+class Tpu(NamedTuple):
+    """Bytes of on-chip memory, and cores, of a device."""
+
+    kind: str
+    vmem: int
+    cores: int = 1
+
+
+_TPUS = (
+    Tpu("TPU v4", 16 << 20, 2),
+    Tpu("TPU v5", 64 << 20, 2),
+    Tpu("TPU v5 lite", 128 << 20),
+    Tpu("TPU v6 lite", 128 << 20),
+    Tpu("TPU7x", 64 << 20),
+)
+_ANY_TPU = Tpu("", 64 << 20)  # what has room, and runs, on all but v4
+
+
+def tpu(kind: str) -> Tpu:
+    return next((chip for chip in _TPUS if chip.kind == kind), _ANY_TPU)
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------

@@ -90,6 +90,12 @@ def row_bytes(p: Problem, platform: str) -> int:
     return numbers * p.working.itemsize + 2**16
 
 
+def record_bytes(p: Problem) -> int:
+    """The records of all rows."""
+    terms = 2 + 2 * p.options.label_smoothing + 2 * p.options.return_aux
+    return p.N * (terms + (p.entries or 2)) * p.working.itemsize
+
+
 # --- time on a GPU ----------------------------------------------------------------------------------------------------
 
 _MULTIPLIED, _MOVED = 0.7, 0.85  # how much of a card's rates kernels reach

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.lax import PrecisionLike
 
 from jaxce import checks
-from jaxce.arguments import Examples, Options, Projection, Shared
+from jaxce.arguments import Examples, Options, Projection, Shared, flat
 from jaxce.compose import Counts, mean_divisor, who_counts, zero_if_too_large
 from jaxce.distillation import (
     Distillation,
@@ -38,7 +38,7 @@ from jaxce.distillation import (
 )
 from jaxce.divergence import Models, Side, Sums, side_of
 from jaxce.linear import VocabAxis, blocks, costs, mesh
-from jaxce.linear.arguments import check_mode, checked_projection, flat, without_unused
+from jaxce.linear.arguments import check_mode, checked_projection, without_unused
 from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, put_or_add, take
 from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.linear.store import only_asked, scaled, those_asked

@@ -17,7 +17,7 @@ from jaxce.log_probabilities import CommonOptions, LogProbsAux, Result, composed
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import explicit_mesh, shard_count
 from jaxce.targets import Ids
-from jaxce.types import Array_, ArrayLike, AxisName, Implementation, takes_variables
+from jaxce.types import Array_, ArrayLike, AxisName, LinearImplementation, takes_variables
 
 
 class LinearOptions(CommonOptions[Array_], Generic[Array_], total=False):
@@ -26,6 +26,7 @@ class LinearOptions(CommonOptions[Array_], Generic[Array_], total=False):
     where: Array_ | None
     mode: Literal["recompute"] | None
     memory_budget: int | None
+    implementation: LinearImplementation | None
     precision: PrecisionLike
 
 
@@ -76,7 +77,7 @@ def linear_log_probs(
     ignore_index: int | None = None,
     axis_name: AxisName = None,
     return_aux: bool = False,
-    implementation: Implementation | None = None,
+    implementation: LinearImplementation | None = None,
     mode: Literal["recompute"] | None = None,
     memory_budget: int | None = None,
     precision: PrecisionLike = None,

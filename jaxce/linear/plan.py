@@ -18,10 +18,10 @@ import json
 from typing import Any, Protocol, get_args
 
 from jaxce import checks
-from jaxce.linear import chips, costs, recompute, store
+from jaxce.linear import chips, costs, pallas_tpu, recompute, store
 from jaxce.linear.blocks import Schedule, Schedules
 from jaxce.linear.costs import Problem
-from jaxce.types import Platform
+from jaxce.types import Mode, Platform
 
 
 class Method(Protocol):
@@ -29,7 +29,7 @@ class Method(Protocol):
 
     MATMULS: int  # of loss and gradients
 
-    def applies(self, p: Problem) -> bool: ...
+    def applies(self, p: Problem, platform: str) -> bool: ...
 
     def rank(self, p: Problem, platform: str, block_n: int) -> int:
         """Where it stands among blocks of all methods: the lowest is the fastest."""
@@ -37,18 +37,23 @@ class Method(Protocol):
     def blocks(self, p: Problem, platform: str, scale: int) -> list[tuple[int, int]]:
         """Tokens and classes in a block, from `scale` times the fastest size down."""
 
-    def gpu_blocks(self, p: Problem) -> list[tuple[int, int]]:
-        """All that a model may choose from."""
-
     def temp_bytes(self, p: Problem, platform: str, block_n: int, block_v: int) -> int: ...
 
     def kept_bytes(self, p: Problem, block_n: int, block_v: int) -> int: ...
 
+
+class OnGpu(Method, Protocol):
+    """And where a model chooses."""
+
+    def gpu_blocks(self, p: Problem) -> list[tuple[int, int]]:
+        """All that it may choose from."""
+
     def gpu_cost(self, p: Problem, block_n: int, block_v: int, card: chips.Gpu) -> costs.Cost: ...
 
 
-METHODS: dict[str, Method] = {"recompute": recompute, "store": store}
-MODES = tuple(METHODS)
+ON_GPU: dict[str, OnGpu] = {"recompute": recompute, "store": store}
+METHODS: dict[str, Method] = {**ON_GPU, "pallas_tpu": pallas_tpu}
+MODES = get_args(Mode)
 PLATFORMS = get_args(Platform)
 _LARGER, _TRIED = 4, 6  # where measuring begins, and how many sizes of blocks it tries, each about half of another
 _GPU_BUDGET = 2**28  # bytes that are not worth saving on a GPU
@@ -79,9 +84,9 @@ class LinearPlan:
 
     Attributes:
       shape: tokens, features and classes (N, D, V) that it was made for.
-      mode: `"recompute"` or `"store"`.
-      block_n: tokens in a block ("store"; all of them otherwise).
-      block_v: classes in a block ("recompute", and "store" where no gradient is wanted).
+      mode: `"recompute"`, `"store"`, or `"pallas_tpu"` where that implementation was asked for.
+      block_n: tokens in a block ("store" and "pallas_tpu"; all of them otherwise).
+      block_v: classes in a block ("recompute" and "pallas_tpu", and "store" where no gradient is wanted).
       temp_bytes: bytes of loss and gradient beyond arguments and results: an upper bound on CPU, and elsewhere what
         would be needed if nothing stayed in on-chip memory.
       kept_bytes: bytes that the loss leaves for the backward pass, beside its arguments: numbers per token in mode
@@ -132,7 +137,8 @@ class LinearPlan:
             checks.fail(ValueError, "text", "what LinearPlan.to_json returned", f"{text[:40]!r}", hint)
 
     def __str__(self) -> str:
-        blocks = f"{self.block_n:,} tokens" if self.mode == "store" else f"{self.block_v:,} classes"
+        tokens, classes = f"{self.block_n:,} tokens", f"{self.block_v:,} classes"
+        blocks = {"store": tokens, "recompute": classes}.get(self.mode, f"{tokens} x {classes}")
         return (
             f"mode          {self.mode}, on {self.platform}\n"
             f"blocks        {blocks}\n"
@@ -181,6 +187,8 @@ def make_schedules(
 def _schedule(problem: Problem, plan: LinearPlan, schedule: Schedule, kind: str) -> Schedule:
     if plan.mode == "store" and not costs.in_one(problem, plan.block_n, plan.block_v):
         return schedule._replace(block_n=plan.block_n, forward_v=plan.block_v, backward_v=plan.block_v)
+    if plan.mode == "pallas_tpu":
+        schedule = schedule._replace(kernels=pallas_tpu.kernels(problem, kind))
     forward, backward = chips.block_eighths(kind, schedule.vocab_axis)
     return schedule._replace(
         forward_v=_scaled(plan.block_v, forward),
@@ -192,7 +200,7 @@ def _schedule(problem: Problem, plan: LinearPlan, schedule: Schedule, kind: str)
 
 def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: int | None) -> LinearPlan:
     """The fastest plan that stays within the budget."""
-    modes = [mode] if mode else [name for name, method in METHODS.items() if method.applies(problem)]
+    modes = [mode] if mode else [name for name, method in METHODS.items() if method.applies(problem, platform)]
     candidates = [plan for mode in modes for plan in _plans(problem, mode, platform, chips.kind_of(platform))]
     if not isinstance(problem.N, int) and memory_budget is None:
         return candidates[0]
@@ -227,7 +235,7 @@ def alternatives(problem: Problem, platform: str, mode: str | None, memory_budge
     """
     of_modes = []
     for each, method in METHODS.items():
-        if each == (mode or each) and method.applies(problem):
+        if each == (mode or each) and method.applies(problem, platform):
             of_mode = list(_plans(problem, each, platform, chips.kind_of(platform), _LARGER))
             if platform == "gpu":
                 of_mode.sort(key=_predicted)
@@ -249,8 +257,8 @@ def _predicted(plan: LinearPlan) -> float:
 def _plans(problem: Problem, mode: str, platform: str, kind: str, scale: int = 1) -> list[LinearPlan]:
     """Plans of one mode from `scale` times the preferred block size down; on GPU, where a model chooses, of all."""
     N, D, V = problem.N, problem.D, problem.V
-    modelled = platform == "gpu" and isinstance(N, int)
-    card, method = chips.gpu(kind), METHODS[mode]
+    method, modelled = METHODS[mode], ON_GPU[mode] if platform == "gpu" and isinstance(N, int) else None
+    card = chips.gpu(kind)
     return [
         LinearPlan(
             shape=(N, D, V),
@@ -263,9 +271,9 @@ def _plans(problem: Problem, mode: str, platform: str, kind: str, scale: int = 1
             flops=method.MATMULS * 2 * N * D * V,
             platform=platform,
             device=card.name if modelled else "",
-            predicted_seconds=method.gpu_cost(problem, block_n, block_v, card).seconds if modelled else None,
+            predicted_seconds=modelled.gpu_cost(problem, block_n, block_v, card).seconds if modelled else None,
         )
-        for block_n, block_v in (method.gpu_blocks(problem) if modelled else method.blocks(problem, platform, scale))
+        for block_n, block_v in (modelled.gpu_blocks(problem) if modelled else method.blocks(problem, platform, scale))
     ]
 
 

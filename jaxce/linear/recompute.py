@@ -19,7 +19,7 @@ from jax import Array
 from jaxce.arguments import Examples, Options, Projection, Shared, of_nll, of_terms
 from jaxce.compose import Counts, CrossEntropyAux, compose
 from jaxce.gradient import without_unused_tail
-from jaxce.linear import costs, vocabulary
+from jaxce.linear import costs, pallas_tpu, vocabulary
 from jaxce.linear.blocks import Schedule, Schedules, by_platform
 from jaxce.linear.chips import Gpu
 from jaxce.linear.costs import Problem
@@ -82,6 +82,8 @@ def _terms_and_record(
     known: RowStats | None,
 ) -> tuple[Terms, RowStats]:
     def forward(schedule: Schedule, projection: Projection, examples: Examples, shared: Shared) -> RowStats:
+        if schedule.kernels is not None:
+            return pallas_tpu.forward(schedule, options, projection, examples, shared)
         return vocabulary.forward(schedule, options, projection, examples, shared)[0]
 
     stats: RowStats = known if known is not None else by_platform(schedules, forward, projection, examples, shared)
@@ -101,6 +103,8 @@ def _terms_bwd(
     schedules: Schedules, options: Options, residuals: _Residuals, cts: tuple[Terms, RowStats]
 ) -> tuple[Projection, Examples, Shared, None]:
     def backward(schedule: Schedule, residuals: _Residuals, ct: Terms) -> vocabulary.Gradients:
+        if schedule.kernels is not None:
+            return pallas_tpu.backward(schedule, options, *residuals, ct)
         return vocabulary.backward(schedule, options, *residuals, ct)
 
     gradients: vocabulary.Gradients = by_platform(schedules, backward, residuals, without_unused_tail(cts[0]))
@@ -118,7 +122,7 @@ _KERNEL_BLOCK = 2**22  # numbers in a block of the kernel
 _TOKENS = 8192  # assumed where their number is a symbol
 
 
-def applies(p: Problem) -> bool:
+def applies(p: Problem, platform: str) -> bool:
     return True
 
 
@@ -142,8 +146,7 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
 
 
 def kept_bytes(p: Problem, block_n: int, block_v: int) -> int:
-    terms = 2 + 2 * p.options.label_smoothing + 2 * p.options.return_aux  # of the record of a row
-    return p.N * (terms + (p.entries or 2)) * p.working.itemsize
+    return costs.record_bytes(p)
 
 
 def gpu_cost(p: Problem, block_n: int, block_v: int, card: Gpu) -> costs.Cost:

@@ -338,7 +338,7 @@ _KEPT_BLOCK = 2**21  # the part of them that is worked on at once
 _KEPT_WHOLE = 2**24  # all of them at once up to here: without slices of the kernel, and never written twice
 
 
-def applies(p: Problem) -> bool:
+def applies(p: Problem, platform: str) -> bool:
     return p.options.reduction != "none" and isinstance(p.N, int)
 
 

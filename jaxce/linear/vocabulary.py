@@ -39,8 +39,11 @@ def forward(
     *,
     keep_in: Array | None = None,
     kept: Array | None = None,
+    done: tuple[int, RowStats] | None = None,
 ) -> tuple[RowStats, Array | None]:
     """The record of every row; and its logits, if they have been kept, or are to be, in an array of enough rows.
+
+    done: how many classes need no block, and their record.
 
     Of the arguments it is given what `jaxce.arguments.of_terms` leaves. With the classes split over devices, all of it
     is of this device's classes, but for the class indices.
@@ -61,9 +64,9 @@ def forward(
 
     V = projection.kernel.shape[schedule.vocab_axis]
     first = shard_start(V, options.axis_name)
-    state = no_classes(options, projection, examples), keep_in if kept is None else kept
-    state = vary(state, varying(projection, examples, shared))
-    stats, all_logits = over_blocks(V, schedule.forward_v, block, state)
+    begin, before = done or (0, no_classes(options, projection, examples))
+    state = vary((before, keep_in if kept is None else kept), varying(projection, examples, shared))
+    stats, all_logits = over_blocks(V, schedule.forward_v, block, state, begin)
     return merge_shards(stats, options.axis_name), all_logits
 
 
@@ -82,11 +85,14 @@ def backward(
     *,
     kept: Array | None = None,
     sums: tuple[Array, Array | None, Array | None] | None = None,
+    done: tuple[int, Gradients] | None = None,
 ) -> Gradients:
     """The gradients in the arguments, for cotangents of the terms of each row, whose record is as `finite` leaves it.
 
     With `sums`, of kernel, bias and class weights, which tokens share, theirs are added to them. With `kept` logits,
     gradients stay in the working dtype: the backward pass will scale them before they are rounded.
+
+    done: how many classes need no block, and the gradients from them.
     """
     hidden, kernel, bias = projection
     rows = tuple(range(hidden.ndim - 1))
@@ -140,7 +146,9 @@ def backward(
         Examples(probs=dprobs, temperature=dtemperature),
         Shared(by_class[2]),
     )
-    of_all, of_examples, of_shared = over_blocks(kernel.shape[schedule.vocab_axis], schedule.backward_v, block, grads)
+    begin, grads = done or (0, grads)
+    V = kernel.shape[schedule.vocab_axis]
+    of_all, of_examples, of_shared = over_blocks(V, schedule.backward_v, block, grads, begin)
 
     def whole(dx: Array, x: Array) -> Array:
         return sum_like(dx, x).astype(own(x))
