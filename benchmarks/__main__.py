@@ -11,6 +11,7 @@ NAMES = {
     "linear": "the loss of a linear layer beside optax, and what else is installed",
     "sharded": "both losses with the vocabulary split over devices, beside optax",
     "posttraining": "log-probabilities and distillation from hidden states, beside the same on materialised logits",
+    "pallas": "the kernels for TPU beside jaxce's loop and optax: compiled and counted, without a TPU",
     "gpu": "both losses and the plans of the linear one on a GPU; needs jax and numpy alone",
     "readme": "write the tables of the README and the documentation from the results files",
 }

@@ -13,9 +13,25 @@ _UNKNOWN = 2**63 - 1
 def estimated_cycles(text: str) -> int:
     """The sum of the compiler's estimates in a compiled program."""
 
-    def cycles(line: str) -> int:
-        found = re.search(r'"estimated_cycles":"(\d+)"', line)
-        return int(found[1]) if found and int(found[1]) != _UNKNOWN else 0
+    return _total(text, _cycles)
+
+
+def _cycles(line: str) -> int:
+    found = re.search(r'"estimated_cycles":"(\d+)"', line)
+    return int(found[1]) if found and int(found[1]) != _UNKNOWN else 0
+
+
+def corrected_cycles(text: str, bytes_per_cycle: float) -> float:
+    """The same, but what multiplies no matrices takes no longer than its operands and results take from memory."""
+    computations, _ = _computations(text)
+    moved = _moved(text)
+
+    def cycles(line: str) -> float:
+        called = re.search(r"calls=%?([\w.\-]+)", line)
+        whole = "\n".join([line, *computations[called[1]]]) if called else line
+        if " convolution(" in whole or " dot(" in whole:
+            return _cycles(line)
+        return min(_cycles(line), moved(line) / bytes_per_cycle)
 
     return _total(text, cycles)
 
@@ -66,6 +82,20 @@ def kernels(text: str) -> dict[str, int]:
     All operands and results count, in a cache or not; but of an array that a kernel reads a slice of, or writes one to,
     only the slice.
     """
+    moved = _moved(text)
+    return {
+        "launches": _total(text, _launched),
+        "bytes": _total(text, lambda line: moved(line) if _launched(line) else 0),
+    }
+
+
+def _launched(line: str) -> bool:
+    found = _LINE.search(line)
+    return found is not None and found["kind"] in _LAUNCHED and "AllocateBuffer" not in line
+
+
+def _moved(text: str) -> Callable[[str], int]:
+    """What finds the bytes that a line of a program reads and writes."""
     computations, _ = _computations(text)
     parsed = {
         name: [found.groupdict() | {"operands": re.findall(r"%([\w.\-]+)", found["operands"])} for found in lines]
@@ -97,13 +127,9 @@ def kernels(text: str) -> dict[str, int]:
             return sum(written(x, lines) for x in line["operands"])
         return size(shapes[line["operands"][1]] if line["kind"] == "dynamic-update-slice" else line["shape"])
 
-    def launched(line: str) -> bool:
-        found = _LINE.search(line)
-        return found is not None and found["kind"] in _LAUNCHED and "AllocateBuffer" not in line
-
     def moved(line: str) -> int:
         found = _LINE.search(line)
-        if found is None or not launched(line):
+        if found is None:
             return 0
         called = re.search(r"calls=%?([\w.\-]+)", line)
         if not called:
@@ -113,7 +139,7 @@ def kernels(text: str) -> dict[str, int]:
         parameters = [line["name"] for line in lines if line["kind"] == "parameter"]
         return sum(read(x, lines) for x in parameters) + written(lines[-1]["name"], {x["name"]: x for x in lines})
 
-    return {"launches": _total(text, launched), "bytes": _total(text, moved)}
+    return moved
 
 
 def elements(shape: str) -> int:
@@ -121,12 +147,12 @@ def elements(shape: str) -> int:
     return math.prod(int(n) for n in shape.rstrip("]").split("[")[1].split(",") if n)
 
 
-def _total(text: str, cost: Callable[[str], int]) -> int:
+def _total(text: str, cost: Callable[[str], Any]) -> Any:
     """The sum of the costs of a program's lines, the body of a loop times the rounds it makes."""
     computations, entry = _computations(text)
 
-    def total(name: str) -> int:
-        costs = 0
+    def total(name: str) -> Any:
+        costs: Any = 0
         for line in computations[name]:
             costs += cost(line)
             if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):

@@ -19,10 +19,15 @@ import numpy as np
 
 def add_options(command: argparse.ArgumentParser, seconds: float, smoke: str) -> None:
     """What the benchmarks have in common."""
-    command.add_argument("--output-dir", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    add_output_options(command, smoke)
     command.add_argument(
         "--seconds", type=float, default=seconds, help="time for each comparison (default: %(default)g)"
     )
+
+
+def add_output_options(command: argparse.ArgumentParser, smoke: str) -> None:
+    """Of those too that take no time."""
+    command.add_argument("--output-dir", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     command.add_argument("--smoke", action="store_true", help=smoke)
 
 

@@ -253,6 +253,53 @@ def _cost_in_cycles(rows: list[dict[str, Any]]) -> str:
     return f"Not holding the logits costs {min(more):.0%} to {max(more):.0%} more cycles than optax's program."
 
 
+def pallas_table(results: dict[str, Any]) -> str:
+    """The kernels for TPU beside jaxce's loop and optax."""
+    versions = results["environment"]["versions"]
+    table = []
+    for row in results["rows"]:
+        kernels, loop, optax = (row["figures"][name] for name in ("pallas_tpu", "jaxce", "optax"))
+        corrected = kernels["cycles"] / optax["corrected_cycles"], kernels["cycles"] / loop["corrected_cycles"]
+        table.append(
+            [
+                row["chip"],
+                str(row["d"]),
+                "[D, V]" if row["vocab_axis"] else "[V, D]",
+                *(f"{f['cycles'] / 1e6:.1f}" for f in (kernels, loop, optax)),
+                " and ".join(f"{cycles / 1e6:.1f}" for cycles in row["floors"].values()),
+                *(f"{kernels['cycles'] / other['cycles']:.2f}" for other in (optax, loop)),
+                *(f"{ratio:.2f}" for ratio in corrected),
+                " / ".join(f"{f['temp_bytes'] / 1e6:,.1f}" for f in (kernels, loop, optax)) + " MB",
+            ]
+        )
+    first = results["rows"][0]
+    return "\n".join(
+        [
+            f"Compiled for TPU (jax {versions['jax']}, libtpu {versions['libtpu']}) in bfloat16, loss and both "
+            f"gradients, {first['n']} tokens, V = {first['v']}: millions of cycles, and temporary HBM of kernels / "
+            "loop / optax:",
+            "",
+            markdown(
+                [
+                    "chip",
+                    "D",
+                    "kernel",
+                    "kernels",
+                    "loop",
+                    "optax",
+                    "3 and 4 products alone",
+                    "kernels / optax",
+                    "kernels / loop",
+                    "kernels / optax, corrected",
+                    "kernels / loop, corrected",
+                    "temporary HBM",
+                ],
+                table,
+            ),
+        ]
+    )
+
+
 def gpu_table(results: dict[str, Any]) -> str:
     """Programs compiled for an H100, beside the model."""
     rows = []
@@ -470,6 +517,7 @@ TABLES: dict[str, tuple[Any, ...]] = {  # the function, and the files it reads
         "amd-epyc/linear-cpu.json",
         "amd-epyc/newest-jax/linear-cpu.json",
     ),
+    "pallas-tpu": (pallas_table, "pallas-tpu.json"),
     "gpu": (gpu_table, "h100-compiled.json"),
     "sharded": (sharded_table, "sharded.json"),
     "cifar10-demo": (cifar10_table, "cifar10-demo/history.json"),

@@ -16,7 +16,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
-from benchmarks.hlo import estimated_cycles
+from benchmarks.hlo import corrected_cycles, estimated_cycles
 from benchmarks.measure import temp_bytes
 
 # Without these libtpu looks for the machine's metadata, which only a cloud machine has, and lets only one process in.
@@ -31,11 +31,12 @@ for _name, _value in {
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1", "v4": "v4:2x2x1"}
 
 
-def compile_for(chip: str, f: Callable, *shapes: Any, told: bool = True) -> dict[str, Any]:
+def compile_for(chip: str, f: Callable, *shapes: Any, told: bool = True, hbm: float | None = None) -> dict[str, Any]:
     """Bytes accessed, estimated cycles, temporary HBM, and the gathers and scatters in `f` compiled for one chip.
 
     `cycles` counts the body of a loop as often as it runs; `bytes` counts it once. Unless it is `told`, the chip is not
-    known while `f` is traced, as on any machine that has none.
+    known while `f` is traced, as on any machine that has none. With the bytes from `hbm` in a cycle, `corrected_cycles`
+    as well.
     """
     one = SingleDeviceSharding(_device(chip))
     with traced_for(chip) if told else contextlib.nullcontext(), uncached():
@@ -44,6 +45,7 @@ def compile_for(chip: str, f: Callable, *shapes: Any, told: bool = True) -> dict
     return {
         "bytes": cost.get("bytes accessed", 0.0),
         "cycles": estimated_cycles(text),
+        "corrected_cycles": corrected_cycles(text, hbm) if hbm else None,
         "temp_bytes": temp_bytes(program),
         "gathers_and_scatters": [*re.findall(r"= (\S+) (?:gather|scatter)\(", text)],
     }

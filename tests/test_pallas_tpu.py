@@ -306,6 +306,109 @@ def test_log_probabilities(rng):
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+# --- compiled for TPU -------------------------------------------------------------------------------------------------
+
+NEWER = jax.__version_info__ >= (0, 12)
+ALL = {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_softcap": 30.0}
+COMPILED = {  # vocab_axis, tokens, features, classes, dtype, options
+    "all options": (0, 1000, 512, 5000, jnp.bfloat16, ALL | {"bias": True, "where": True, "class_weights": True}),
+    "aux": (1, 1000, 512, 5000, jnp.bfloat16, {"return_aux": True}),
+    "float32": (1, 4096, 1024, 8192, jnp.float32, {}),
+    "large": (0, 8192, 4096, 8192, jnp.bfloat16, {}),
+}
+CHIPS = ("v5e", "v6e", "v5p", "tpu7x", "v4")
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("what", COMPILED)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_they_compile(chip, what):
+    """Each JAX that is tested compiles a half of them."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is in libtpu")
+    if (CHIPS.index(chip) + [*COMPILED].index(what)) % 2 != NEWER:
+        pytest.skip("compiled by the other JAX that is tested")
+    if (chip, what) == ("v4", "large"):
+        pytest.skip("no block of it has room")
+    from benchmarks import tpu
+
+    vocab_axis, n, d, v, dtype, options = COMPILED[what]
+    given = {name: x for name, x in options.items() if x is not True or name == "return_aux"}
+    by_class = {name: jnp.bool_ if name == "where" else jnp.float32 for name in options.keys() - given.keys()}
+
+    def loss(hidden, kernel, labels, by_class):
+        result = jaxce.linear_cross_entropy(
+            hidden,
+            kernel,
+            labels,
+            vocab_axis=vocab_axis,
+            reduction="mean",
+            implementation="pallas_tpu",
+            **given,
+            **by_class,
+        )
+        return result[0] + result[1].entropy.mean() if isinstance(result, tuple) else result
+
+    shapes = (
+        jax.ShapeDtypeStruct((n, d), dtype),
+        jax.ShapeDtypeStruct((d, v) if vocab_axis else (v, d), dtype),
+        jax.ShapeDtypeStruct((n,), jnp.int32),
+        {name: jax.ShapeDtypeStruct((v,), dtype) for name, dtype in by_class.items()},
+    )
+    program = tpu.compile_for(chip, jax.value_and_grad(loss, (0, 1)), *shapes)
+    sums = 4 * n * d * (2 if chip in ("v5p", "v4") else 1)
+    left = v % 2048 * n * 4 * 6  # of classes that fill no block, the logits and what is made of them
+    assert program["temp_bytes"] < sums + left + 4 * (d + 128) * (v % 2048 + n) + 2**21
+
+
+@pytest.mark.aot
+def test_the_kernels_are_in_the_program():
+    """One for the loss and one for its gradients, and of the rest of the program no product and no logits."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is in libtpu")
+    from benchmarks import linear, tpu
+
+    loss = functools.partial(jaxce.linear_cross_entropy, reduction="mean", implementation="pallas_tpu")
+    shapes = linear.tpu_inputs(1, (256, 128, 1024))
+    device = tpu._device("v6e")
+    arrays = [
+        jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=jax.sharding.SingleDeviceSharding(device)) for s in shapes
+    ]
+    with tpu.traced_for("v6e"), tpu.uncached():
+        text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arrays).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    assert "convolution(" not in text
+
+
+BUNDLES = """
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %v1 = vmatmul.mubr.bf16.gmra.mrb[0].mxu0 %v0 }
+   0x2   : > { %v2 = vmatmul.mubr.bf16.gmra.mrb[0].mxu0 %v0  ;;  %v3 = vmatmul.mubr.bf16.gmra.mrb[0].mxu1 %v0 }
+   0x3   : > { %p0 = scmp.ge.s32.totalorder %s1, 6  ;;  %4 = sbr.rel (!%p0) target = $region1 }
+   0x4   : > { %v4 = vadd.f32 %v1, %v2 }
+   0x5   :  { %5 = vsyncpa }
+"""
+
+
+def test_cycles_are_counted():
+    """Two products on a unit take 2 x 8 cycles from the first bundle on; the short part is run in every round."""
+    from benchmarks import llo
+
+    chip = llo.CHIPS["v6e"]
+    found = llo.parts(BUNDLES)
+    assert [(part.depth, len(part.bundles), part.products) for part in found] == [
+        (0, 1, 0),
+        (1, 3, 3),
+        (1, 1, 0),
+        (0, 1, 0),
+    ]
+    assert found[1].cycles(chip) == 1 + 2 * 8
+    assert llo.loop_cycles(BUNDLES, chip) == 4 * 17
+    assert llo.kernel_cycles(BUNDLES, chip, rounds=10, ends=3) == 10 * (17 + 1)
+    waiting = llo.Part(1, ["vmatmul.mxu0"] * 10)  # the last five begin once four are under way
+    assert waiting.cycles(chip) == 1 + 10 * 8
+    assert waiting.cycles(llo.CHIPS["v5e"]) == 1 + 10 * 16
+
+
 # --- when they apply --------------------------------------------------------------------------------------------------
 
 

@@ -200,10 +200,9 @@ def _with_block(
         for at, mask in zip(columns, masks, strict=True)
     ]
     picked = before.picked
-    labels = [jnp.broadcast_to(indices[:, k : k + 1], shape) for k in range(len(picked))]
+    found_at = [jnp.broadcast_to(indices[:, k : k + 1], shape) - lane for k in range(len(picked))]
     for at, x in zip(columns, z, strict=True):
-        hits = [lane == label - at.start for label in labels]
-        picked = tuple(jnp.where(hit, x, value) for hit, value in zip(hits, picked, strict=True))
+        picked = tuple(jnp.where(k == at.start, x, value) for k, value in zip(found_at, picked, strict=True))
     by_label = _by_label(options, len(picked))
     maximum = functools.reduce(jnp.maximum, z, before.stats.max) if by_label else functools.reduce(jnp.maximum, z)
     top = shift(maximum)
@@ -212,7 +211,7 @@ def _with_block(
     if by_label:
         rest = before.stats.rest * jnp.exp(before.stats.max - top)
         for at, x in zip(columns, e, strict=True):
-            rest = rest + jnp.where(lane == labels[0] - at.start, 0, x)
+            rest = rest + jnp.where(found_at[0] == at.start, 0, x)
         stats = stats._replace(rest=rest)
     else:
         low, high = zip(*map(low_and_high, e), strict=True)
