@@ -64,6 +64,7 @@ TESTS = {
     "jaxce/linear/log_probabilities.py": ["log_probs"],
     "jaxce/linear/distillation.py": ["linear_distillation"],
     "jaxce/linear/plan.py": ["linear_plan", *LINEAR],
+    "jaxce/linear/pallas_tpu.py": ["pallas_tpu"],
 }
 
 # These pass without jit as well, and most mutants do not pass these.

@@ -209,10 +209,8 @@ def _with_block(
     e = [jnp.exp(x - top) for x in z]
     stats = RowStats(maximum, maximum)
     if by_label:
-        rest = before.stats.rest * jnp.exp(before.stats.max - top)
-        for at, x in zip(columns, e, strict=True):
-            rest = rest + jnp.where(found_at[0] == at.start, 0, x)
-        stats = stats._replace(rest=rest)
+        others = _sum(jnp.where(found_at[0] == at.start, 0, x) for at, x in zip(columns, e, strict=True))
+        stats = stats._replace(rest=before.stats.rest * jnp.exp(before.stats.max - top) + others)
     else:
         low, high = zip(*map(low_and_high, e), strict=True)
         stats = stats._replace(rest=without_largest(_sum(low), _sum(high)))
