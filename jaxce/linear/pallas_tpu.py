@@ -536,7 +536,7 @@ def applies(p: Problem, platform: str) -> bool:
     return p.options.implementation == "pallas_tpu" and platform in PLATFORMS and p.N > 0 and p.V >= _FEWEST_CLASSES
 
 
-def rank(p: Problem, platform: str, block_n: int) -> int:
+def rank(p: Problem, platform: str, block_n: int, roomy: bool) -> int:
     return -1
 
 

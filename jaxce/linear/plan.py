@@ -31,8 +31,11 @@ class Method(Protocol):
 
     def applies(self, p: Problem, platform: str) -> bool: ...
 
-    def rank(self, p: Problem, platform: str, block_n: int) -> int:
-        """Where it stands among blocks of all methods: the lowest is the fastest."""
+    def rank(self, p: Problem, platform: str, block_n: int, roomy: bool) -> int:
+        """Where it stands among blocks of all methods: the lowest is the fastest.
+
+        roomy: whether memory was allowed for it, rather than as little as is fast.
+        """
 
     def blocks(self, p: Problem, platform: str, scale: int) -> list[tuple[int, int]]:
         """Tokens and classes in a block, from `scale` times the fastest size down."""
@@ -208,7 +211,8 @@ def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: 
     if platform == "gpu":
         candidates.sort(key=_predicted)
     else:
-        candidates.sort(key=lambda plan: METHODS[plan.mode].rank(problem, platform, plan.block_n))
+        roomy = memory_budget is not None
+        candidates.sort(key=lambda plan: METHODS[plan.mode].rank(problem, platform, plan.block_n, roomy))
     budget: float
     if memory_budget is not None:
         budget = memory_budget
@@ -241,7 +245,7 @@ def alternatives(problem: Problem, platform: str, mode: str | None, memory_budge
                 of_mode.sort(key=_predicted)
             of_mode = [plan for plan in of_mode if memory_budget is None or plan.temp_bytes <= memory_budget][:_TRIED]
             if platform != "gpu":  # from the largest down, so the preferred size is among the first
-                preferred = _plans(problem, each, platform, chips.kind_of(platform))[0]
+                preferred = make_plan(problem, platform, each, None)
                 at = of_mode.index(preferred) if preferred in of_mode else 0
                 of_mode = [plan for _, plan in sorted(enumerate(of_mode), key=lambda x: abs(x[0] - at))]
             of_modes.append(of_mode)

@@ -126,7 +126,7 @@ def applies(p: Problem, platform: str) -> bool:
     return True
 
 
-def rank(p: Problem, platform: str, block_n: int) -> int:
+def rank(p: Problem, platform: str, block_n: int, roomy: bool) -> int:
     return 1
 
 

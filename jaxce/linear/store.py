@@ -334,6 +334,7 @@ def _block(
 MATMULS = 3
 _KEPT = 2**26  # logits of a block of tokens; more of them are summed up faster, but take more memory
 _MOST_TOKENS, _FEWEST_TOKENS = 1024, 256
+_ROOMY, _MANY_TOKENS = 16, 4096  # times as many tokens, on TPU where memory is allowed for so many
 _KEPT_BLOCK = 2**21  # the part of them that is worked on at once
 _KEPT_WHOLE = 2**24  # all of them at once up to here: without slices of the kernel, and never written twice
 
@@ -342,18 +343,29 @@ def applies(p: Problem, platform: str) -> bool:
     return p.options.reduction != "none" and isinstance(p.N, int)
 
 
-def rank(p: Problem, platform: str, block_n: int) -> int:
-    """In small blocks of tokens it spends its time adding up dkernel: then the fourth matmul is cheaper."""
+def rank(p: Problem, platform: str, block_n: int, roomy: bool) -> int:
+    """In small blocks of tokens it spends its time adding up dkernel: then the fourth matmul is cheaper.
+
+    Compiled for v5e and v6e (32768 x 2048 x 131072), blocks of 4096 tokens take 0.86 and 0.89 of the estimated cycles
+    of "recompute", blocks of 8192 0.83 and 0.85, and 5.4 and 8.6 GB for 0.3: where so much is allowed. In parts of rows
+    they take more cycles than "recompute"; so do all tokens at once, on v6e.
+    """
+    if platform == "tpu" and block_n > _MOST_TOKENS:
+        return 0 if roomy and _MANY_TOKENS <= block_n < p.N else 4
     small = block_n < min(_FEWEST_TOKENS, p.N)
     return 3 if small else 0 if platform == "cpu" else 2
 
 
 def blocks(p: Problem, platform: str, scale: int) -> list[tuple[int, int]]:
+    scale = max(scale, _ROOMY) if platform == "tpu" else scale
     sizes = costs.sizes(p.N, max(min(_KEPT // p.V, _MOST_TOKENS), 1) * scale, 8)
-    parts = [
-        p.V if p.plain and n * p.V <= _KEPT_WHOLE else max(_KEPT_BLOCK // max(n, 1), 4 * costs.LANES) for n in sizes
-    ]
-    return [(n, costs.sizes(p.V, part, costs.LANES)[0]) for n, part in zip(sizes, parts, strict=True)]
+
+    def part(n: int) -> int:
+        if (p.plain and n * p.V <= _KEPT_WHOLE) or (platform == "tpu" and n > _MOST_TOKENS):
+            return p.V
+        return costs.sizes(p.V, max(_KEPT_BLOCK // max(n, 1), 4 * costs.LANES), costs.LANES)[0]
+
+    return [(n, part(n)) for n in sizes]
 
 
 def gpu_blocks(p: Problem) -> list[tuple[int, int]]:
