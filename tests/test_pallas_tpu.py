@@ -306,13 +306,47 @@ def test_log_probabilities(rng):
     chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize("x64", [False, True])
+def test_export_for_tpu(rng, x64):
+    """Kernels are in it, made on a machine without a TPU, and it can be written and read back."""
+    with jax.enable_x64(x64):  # there are no 64-bit integers in a kernel
+        args = arguments(rng, "sparse", (N,), v=V)
+        args["targets"] = jaxce.SparseTargets(args["targets"].indices.astype(np.int64), args["targets"].probs)
+        program = jax.jit(jax.value_and_grad(functools.partial(plain, "pallas_tpu", args, reduction="sum"), (0, 1)))
+        exported = jax.export.export(program, platforms=["tpu"])(args["hidden"], args["kernel"])
+        again = jax.export.deserialize(exported.serialize())
+    assert again.mlir_module().count("@tpu_custom_call") == 2
+
+
+def test_an_explicit_mesh(rng):
+    """Classes and tokens split over it, without axis names."""
+    args = arguments(rng, "index", (64,), v=600)
+    mesh = jax.make_mesh(
+        (2, 2), ("b", "v"), axis_types=2 * (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:4]
+    )
+
+    def program(implementation):
+        loss = functools.partial(plain, implementation, args, reduction="mean")
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))
+
+    wanted = program(None)(args["hidden"], args["kernel"])
+    placed = [
+        jax.device_put(args[name], jax.sharding.NamedSharding(mesh, jax.P(*spec)))
+        for name, spec in (("hidden", ("b", None)), ("kernel", (None, "v")))
+    ]
+    with interpreted(interpret=pltpu.InterpretParams(uninitialized_memory="nan")), jax.set_mesh(mesh):
+        found = program("pallas_tpu")(*placed)
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(wanted), rtol=1e-5, atol=1e-5)
+
+
 # --- compiled for TPU -------------------------------------------------------------------------------------------------
 
 NEWER = jax.__version_info__ >= (0, 12)
 ALL = {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_softcap": 30.0}
 COMPILED = {  # vocab_axis, tokens, features, classes, dtype, options
     "all options": (0, 1000, 512, 5000, jnp.bfloat16, ALL | {"bias": True, "where": True, "class_weights": True}),
-    "aux": (1, 1000, 512, 5000, jnp.bfloat16, {"return_aux": True}),
+    "sparse targets and aux": (1, 1000, 512, 5000, jnp.bfloat16, {"return_aux": True}),
     "float32": (1, 4096, 1024, 8192, jnp.float32, {}),
     "large": (0, 8192, 4096, 8192, jnp.bfloat16, {}),
 }
@@ -349,10 +383,13 @@ def test_they_compile(chip, what):
         )
         return result[0] + result[1].entropy.mean() if isinstance(result, tuple) else result
 
+    labels = jax.ShapeDtypeStruct((n,), jnp.int32)
+    if what.startswith("sparse"):
+        labels = jaxce.SparseTargets(*(jax.ShapeDtypeStruct((n, 3), dtype) for dtype in (jnp.int32, jnp.float32)))
     shapes = (
         jax.ShapeDtypeStruct((n, d), dtype),
         jax.ShapeDtypeStruct((d, v) if vocab_axis else (v, d), dtype),
-        jax.ShapeDtypeStruct((n,), jnp.int32),
+        labels,
         {name: jax.ShapeDtypeStruct((v,), dtype) for name, dtype in by_class.items()},
     )
     program = tpu.compile_for(chip, jax.value_and_grad(loss, (0, 1)), *shapes)
@@ -438,6 +475,7 @@ REFUSED = {
     "temperature": ({"temperature": 2.0}, "temperature: expected 1"),
     "dtype": ({"hidden": jnp.ones((4, 5), jnp.float16), "kernel": jnp.ones((5, 300), jnp.float16)}, "or float32"),
     "precision": ({"precision": "highest"}, "precision: expected None"),
+    "classes": ({"kernel": jax.ShapeDtypeStruct((5, 2**24 + 1), jnp.float32)}, "at most 16,777,216 classes"),
     "mode": ({"mode": "recompute"}, "leave mode and memory_budget out"),
     "features": ({"hidden": jnp.ones((4, 2**18)), "kernel": jnp.ones((2**18, 300))}, "fit in on-chip memory"),
 }
@@ -448,7 +486,7 @@ def test_what_they_do_not_take_is_refused(name):
     changed, message = REFUSED[name]
     given = {"hidden": jnp.ones((4, 5)), "kernel": jnp.ones((5, 300)), "targets": jnp.zeros(4, jnp.int32)} | changed
     with pytest.raises(ValueError, match=message.replace("[", r"\[")) as raised:
-        jaxce.linear_cross_entropy(**given, implementation="pallas_tpu")
+        jaxce.plan_linear_cross_entropy(**given, implementation="pallas_tpu")
     assert "pallas_tpu" in str(raised.value)
 
 

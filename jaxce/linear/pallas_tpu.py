@@ -124,7 +124,7 @@ def forward(
                 placed = jnp.where(lane == i, column, placed)
             out_ref[...] = placed.T
 
-    out = pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(len(hidden) // bn, classes // bv),
         in_specs=[
@@ -139,7 +139,9 @@ def forward(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem),
         name="cross_entropy_forward",
         interpret=INTERPRET,
-    )(rows, hidden, projection.kernel, *by_class)
+    )
+    with jax.enable_x64(False):  # there are no 64-bit integers in a kernel
+        out = call(rows, hidden, projection.kernel, *by_class)
     stats, picked = jax.tree.unflatten(structure, list(out[: len(fields), :N]))
     if stats.argmax is not None:
         argmax = stats.argmax.astype(jnp.int32) + jnp.asarray(shard_start(V, options.axis_name), jnp.int32)
@@ -353,7 +355,7 @@ def backward(
     sums_in_hbm = [] if resident else [vary(jnp.zeros(sums_shape, _F32), every)]
     operands = [rows, hidden, projection.kernel, *by_class, *sums_in_hbm]
     of_asked = [of_class((len(asked), bv))] if asked else []
-    dkernel, dhidden, *sums = pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=(cores, in_turn, length // bn),
         in_specs=[
@@ -379,7 +381,9 @@ def backward(
         ),
         name="cross_entropy_backward",
         interpret=INTERPRET,
-    )(*operands)
+    )
+    with jax.enable_x64(False):
+        dkernel, dhidden, *sums = call(*operands)
     by_kind = iter([x for of_each in sums for x in of_each])
     dbias, dweights = (
         None if x is None else next(by_kind).astype(x.dtype) for x in (projection.bias, shared.class_weights)
@@ -403,9 +407,10 @@ def _backward_jvp(schedule: Schedule, options: Options, primals: Any, tangents: 
 
 
 def _indices(options: Options, examples: Examples, num_classes: int) -> Array:
-    """The class indices, as this device counts its classes."""
+    """The class indices, as this device counts its classes; those that 32 bits do not hold are no class."""
     assert examples.indices is not None  # probabilities [N, V] are refused
-    return on_this_device(examples.indices, num_classes, options.axis_name)
+    indices = on_this_device(examples.indices, num_classes, options.axis_name)
+    return jnp.clip(indices, -1, num_classes).astype(jnp.int32)
 
 
 def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
@@ -453,7 +458,7 @@ def _rows(
 ) -> tuple[Array, Array, Callable[[Array], Tree]]:
     """Hidden states and one array `[numbers, N]` of what belongs to rows, both filled up; and what unpacks columns.
 
-    Class indices are exact as float32 up to 2²⁴, and larger ones no class.
+    Class indices are exact as float32 up to 2²⁴.
     """
     hidden, tree = _padded(length, (hidden, tree))
     leaves, structure = jax.tree.flatten(tree)
@@ -499,6 +504,7 @@ PLATFORMS = ("tpu",)
 # Tokens and classes in a block, the fastest first. How often the backward pass reads and writes the gradient of the
 # hidden states depends on the classes, which is why there are more of them.
 _SHAPES = ((1024, 1024), (512, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128))
+_MOST_CLASSES = 2**24  # the number of one travels as a float32
 _FEWEST_CLASSES = 2 * LANES  # fewer are no block for each of two cores
 _ROOM = 0.92  # of the on-chip memory, for what the kernels ask for
 _ENTRIES = 8  # of a target
@@ -528,6 +534,8 @@ def check(p: Problem, precision: Any) -> None:
         refuse("return_aux", "False", "True")
     if not isinstance(p.N, int):
         refuse("hidden", "a known number of tokens", "a symbolic one")
+    if p.V > _MOST_CLASSES:
+        refuse("kernel", f"at most {_MOST_CLASSES:,} classes", f"{p.V:,}")
     if kernels(p, chips.kind_of("tpu")) is None:
         refuse("hidden", "features of which 128 tokens and 128 classes fit in on-chip memory", f"D = {p.D}")
 
