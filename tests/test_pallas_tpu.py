@@ -460,6 +460,21 @@ def test_other_platforms_compute_it_as_without(rng):
     chex.assert_trees_all_equal(*(program(*arrays) for program in programs))
 
 
+def test_a_plan_of_them(rng):
+    """Made for a TPU it is taken by programs for other platforms too, and by no loss that does not ask for them."""
+    args = arguments(rng, "index", (N,), v=V)
+    arrays = args["hidden"], args["kernel"]
+    given = *arrays, args["targets"]
+    plan = jaxce.plan_linear_cross_entropy(*given, implementation="pallas_tpu", platform="tpu", reduction="mean")
+    assert plan.mode == "pallas_tpu"
+    again = jaxce.plan_linear_cross_entropy(*given, implementation="pallas_tpu", plan=plan)
+    assert again == plan
+    loss = functools.partial(plain, "pallas_tpu", args, reduction="mean")
+    np.testing.assert_allclose(loss(*arrays, plan=plan), loss(*arrays), rtol=1e-6)
+    with pytest.raises(ValueError, match="plan: expected mode 'recompute' or 'store'"):
+        jaxce.linear_cross_entropy(*given, plan=plan)
+
+
 @pytest.mark.parametrize(("n", "v"), [(0, 700), (4, 255)])
 def test_problems_too_small_for_a_block(n, v):
     with mock.patch.object(pallas_tpu, "PLATFORMS", ("tpu", "cpu")):

@@ -130,6 +130,9 @@ def _check_plan(plan: Any, shape: tuple[Any, ...], mode: str | None, memory_budg
     if plan.mode == "store" and options.reduction == "none":
         hint = "Reduce in the loss, reduction='sum' for instance, or make a plan for reduction='none'."
         checks.fail(ValueError, "plan", "mode 'recompute' for reduction='none'", repr(plan.mode), hint)
+    if plan.mode == "pallas_tpu" and options.implementation != "pallas_tpu":
+        hint = "Pass implementation='pallas_tpu' as well."
+        checks.fail(ValueError, "plan", "mode 'recompute' or 'store'", repr(plan.mode), hint)
     if options.implementation == "autodiff":
         checks.fail(ValueError, "implementation", "'xla' with a plan", "'autodiff'", "It holds all the logits.")
 

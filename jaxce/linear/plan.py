@@ -180,17 +180,18 @@ def make_schedules(
             problem,
             plan or make_plan(problem, platform, mode, memory_budget),
             Schedule(vocab_axis, precision, widens=platform == "cpu", transposes=platform == "cpu"),
-            chips.kind_of(platform),
+            platform,
         )
         for platform in PLATFORMS
     )
     return cpu, tpu, gpu
 
 
-def _schedule(problem: Problem, plan: LinearPlan, schedule: Schedule, kind: str) -> Schedule:
+def _schedule(problem: Problem, plan: LinearPlan, schedule: Schedule, platform: str) -> Schedule:
+    kind = chips.kind_of(platform)
     if plan.mode == "store" and not costs.in_one(problem, plan.block_n, plan.block_v):
         return schedule._replace(block_n=plan.block_n, forward_v=plan.block_v, backward_v=plan.block_v)
-    if plan.mode == "pallas_tpu":
+    if plan.mode == "pallas_tpu" and pallas_tpu.applies(problem, platform):
         schedule = schedule._replace(kernels=pallas_tpu.kernels(problem, kind))
     forward, backward = chips.block_eighths(kind, schedule.vocab_axis)
     return schedule._replace(
