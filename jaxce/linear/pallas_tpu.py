@@ -29,7 +29,7 @@ from jax import Array, lax
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared, flat
-from jaxce.gradient import factors, gradient
+from jaxce.gradient import Factors, factors, gradient
 from jaxce.linear import chips, costs, vocabulary
 from jaxce.linear.blocks import Schedule
 from jaxce.linear.chips import Tpu
@@ -292,7 +292,9 @@ def backward(
     length = max(_whole(len(projection.hidden), bn), 0 if resident else 4 * bn)
     indices, stats, alive, ct = _padded(length, (_indices(options, examples, V), stats, alive, ct))
     of_rows = factors(indices, stats, alive, ct)
-    hidden, rows, unpack = _rows(length, projection.hidden, (indices, of_rows), every)
+    log_sum = of_rows.log_sum if options.label_smoothing else None  # nothing else needs it, of class indices
+    needed = of_rows.max, of_rows.scale, of_rows.at_targets, of_rows.smoothing, of_rows.entropy, log_sum
+    hidden, rows, unpack = _rows(length, projection.hidden, (indices, needed), every)
     by_class, class_parts = _by_class(options, projection, examples, shared, every)
     asked = [x for x in (projection.bias, shared.class_weights) if x is not None]  # beside hidden states and kernel
     rounded = classes == V and cores == 1 and not options.axis_name
@@ -320,7 +322,9 @@ def backward(
         h, w = hidden_ref[...].astype(dtype), kernel_ref[...].astype(dtype)
         parts = class_parts(*(ref[...] for ref in of_classes))
         z = _logits(schedule, h, w, parts)
-        labels, of = unpack(rows_ref[...].T)
+        labels, (largest, scale, at_targets, smoothing, entropy, log_sum) = unpack(rows_ref[...].T)
+        dead, log_sum = largest == jnp.inf, largest if log_sum is None else log_sum
+        of = Factors(dead, largest, log_sum, scale, at_targets, scale, smoothing, entropy, None)  # no target in it
         where, weights = parts.of(slice(None), z.shape)[1:]
         given = Examples(labels - j * bv, where=where), Shared(weights)
         dz, _of_examples, dshared = gradient(options, z, *given, of)
