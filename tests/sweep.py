@@ -36,6 +36,7 @@ from jax.sharding import PartitionSpec as P
 import jaxce
 from jaxce.linear import distillation
 from tests import oracle
+from tests.interpreting import interpreted
 
 AUX = ("nll", "log_normalizer", "entropy")
 FUNCTIONS = {
@@ -412,7 +413,22 @@ def draw(seed: int, index: int) -> Case:
                 block_n, block_v = (int(rng.integers(1, n + 1)) for n in (N, V))
                 constants["plan"] = dataclasses.replace(plan, block_n=block_n, block_v=block_v)
                 constants.pop("mode", None)
+        if linear and _kernels_take(case) and maybe(0.6):
+            for name in ("mode", "memory_budget", "plan"):
+                constants.pop(name, None)
+            constants["implementation"] = "pallas_tpu"
     return case
+
+
+def _kernels_take(case: Case) -> bool:
+    """Whether the kernels for TPU compute it, and can be interpreted with this transform."""
+    main = {case.params[name].dtype for name in ("hidden", "kernel")}
+    mask = case.data.get("where")
+    refused = case.kind == "probs" or case.form == "distillation" or "temperature" in case.params
+    refused |= case.form == "log_probs" and "return_aux" in case.constants
+    refused |= mask is not None and any(n != 1 for n in mask.shape[:-1])
+    transforms = ("jit", "eager", "vmap", "scan", "hvp", "checkpoint", "discard")
+    return not refused and case.mesh is None and case.transform in transforms and main <= {F32, BF16}
 
 
 def _draw_teacher(
@@ -487,6 +503,8 @@ def settings(case: Case):
         if case.form == "distillation":  # in blocks of eight tokens
             stack.enter_context(mock.patch.dict(distillation._KEPT, cpu=8 * case.V))
             stack.enter_context(mock.patch.object(distillation, "_LEAST", 1))
+        if case.constants.get("implementation") == "pallas_tpu":
+            stack.enter_context(interpreted(shape=(8, 16), lanes=8))
         if case.transform.startswith("debug"):
             stack.enter_context(getattr(jax, case.transform)(True))
         yield
