@@ -26,24 +26,19 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Chip(NamedTuple):
-    """Matrix units of a core, the cycles that one takes for sixteen rows of bfloat16, and bytes from HBM in a cycle.
+    """Cycles of a matrix unit for sixteen rows of bfloat16; and of a device, operations and bytes from HBM in one."""
 
-    flops: of a device, in a cycle.
-    """
-
-    units: int
     cycles: int
     flops: int
     hbm: float
-    cores: int = 1
 
 
 # The rates a second that JAX has of them, at clocks of 1.5, 1.755, 1.75 and 2.2 GHz.
 CHIPS = {
-    "v5e": Chip(4, 16, 2**17, 547),
-    "v6e": Chip(2, 8, 2**19, 934),
-    "v5p": Chip(4, 16, 2**18, 1406, cores=2),
-    "tpu7x": Chip(2, 8, 2**19, 1682),
+    "v5e": Chip(16, 2**17, 547),
+    "v6e": Chip(8, 2**19, 934),
+    "v5p": Chip(16, 2**18, 1406),
+    "tpu7x": Chip(8, 2**19, 1682),
 }
 _UNDER_WAY = 4
 _SHORT = 200  # bundles of a part that is run in every round; longer parts without a product are run at its ends

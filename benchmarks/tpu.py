@@ -43,7 +43,7 @@ def compile_for(chip: str, f: Callable, *shapes: Any, told: bool = True, hbm: fl
         program = jax.jit(f, in_shardings=one, out_shardings=one).lower(*shapes).compile()
     text, cost = program.as_text() or "", program.cost_analysis() or {}
     return {
-        "bytes": cost.get("bytes accessed", 0.0),
+        "bytes": cost.get("bytes accessed"),
         "cycles": estimated_cycles(text),
         "corrected_cycles": corrected_cycles(text, hbm) if hbm else None,
         "temp_bytes": temp_bytes(program),

@@ -103,6 +103,8 @@ def linear_log_probs(
         `bias` and `where` are then this device's share; hidden states and ids are whole.
       return_aux: also return a `jaxce.LogProbsAux`.
       implementation: `"autodiff"` is plain JAX for forward mode (jvp, jacfwd, linearize), and does hold the logits.
+        `"pallas_tpu"` asks for kernels on TPU, not yet run on one, as in `jaxce.linear_cross_entropy`; not with
+        `return_aux`.
       mode: only `"recompute"` of `jaxce.linear_cross_entropy` gives a number per token.
       memory_budget, precision: as in `jaxce.linear_cross_entropy`.
 

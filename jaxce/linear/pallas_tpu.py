@@ -48,7 +48,7 @@ from jaxce.stats import (
     times,
     without_largest,
 )
-from jaxce.sums import effective, rows_of, smoothing_distribution
+from jaxce.sums import effective, left_out, rows_of, smoothing_distribution
 from jaxce.versions import described
 
 Tree = TypeVar("Tree")
@@ -90,8 +90,7 @@ def forward(
     indices = _indices(options, examples, V)
     hidden, rows, unpack = _rows(_whole(N, bn), projection.hidden, indices, every)
     by_class, class_parts = _by_class(options, projection, examples, shared, every)
-    none = _no_classes(options, indices.shape[-1], (bn, LANES))
-    fields, structure = jax.tree.flatten(none)
+    fields, structure = jax.tree.flatten(_no_classes(options, indices, (bn, LANES)))
     numbers = len(fields)
 
     def kernel(rows_ref: Any, hidden_ref: Any, kernel_ref: Any, *refs: Any) -> None:
@@ -99,25 +98,26 @@ def forward(
         state_refs = refs[len(by_class) + 2 :]
         j = pl.program_id(1)
 
-        def set_state(state: _Lanes) -> None:
-            for ref, x in zip(state_refs, jax.tree.leaves(state), strict=True):
+        def state() -> Any:
+            return jax.tree.unflatten(structure, [ref[...] for ref in state_refs])
+
+        def set_state(lanes: _Lanes) -> None:
+            for ref, x in zip(state_refs, jax.tree.leaves(lanes), strict=True):
                 ref[...] = x
 
         @pl.when(j == 0)
         def _() -> None:
             columns_ref[...] = rows_ref[...].T
-            set_state(_no_classes(options, indices.shape[-1], (bn, LANES)))
+            set_state(_no_classes(options, indices, (bn, LANES)))
 
-        before = jax.tree.unflatten(structure, [ref[...] for ref in state_refs])
         parts = class_parts(*(ref[...] for ref in class_refs))
         z = _logits(schedule, hidden_ref[...], kernel_ref[...], parts)
         labels = unpack(columns_ref[...]) - j * bv
-        set_state(_with_block(options, before, z, labels, parts, j * bv))
+        set_state(_with_block(options, state(), z, labels, parts, j * bv))
 
         @pl.when(j == pl.num_programs(1) - 1)
         def _() -> None:
-            lanes = jax.tree.unflatten(structure, [ref[...] for ref in state_refs])
-            columns = jax.tree.leaves(_joint(options, lanes, unpack(columns_ref[...]), classes))
+            columns = jax.tree.leaves(_joint(options, state(), unpack(columns_ref[...]), classes))
             lane = lax.broadcasted_iota(jnp.int32, (bn, numbers), 1)
             placed = jnp.zeros((bn, numbers), _F32)
             for i, column in enumerate(columns):
@@ -142,7 +142,7 @@ def forward(
     )
     with jax.enable_x64(False):  # there are no 64-bit integers in a kernel
         out = call(rows, hidden, projection.kernel, *by_class)
-    stats, picked = jax.tree.unflatten(structure, list(out[: len(fields), :N]))
+    stats, picked = jax.tree.unflatten(structure, list(out[:, :N]))
     if stats.argmax is not None:
         argmax = stats.argmax.astype(jnp.int32) + jnp.asarray(shard_start(V, options.axis_name), jnp.int32)
         stats = stats._replace(argmax=argmax)
@@ -170,9 +170,9 @@ class _Lanes(NamedTuple):
     picked: tuple[Array, ...]
 
 
-def _no_classes(options: Options, entries: int, shape: tuple[int, int]) -> _Lanes:
+def _no_classes(options: Options, indices: Array, shape: tuple[int, int]) -> _Lanes:
     zero, none = jnp.zeros(shape, _F32), jnp.full(shape, -jnp.inf, _F32)
-    label = _by_label(options, entries)
+    label = left_out(options, indices) is not None
     stats = RowStats(
         max=none,
         rest=zero if label else zero - 1,
@@ -180,12 +180,7 @@ def _no_classes(options: Options, entries: int, shape: tuple[int, int]) -> _Lane
         spread=zero if options.return_aux else None,
         argmax=zero if options.return_aux else None,
     )
-    return _Lanes(stats, (none if label else zero,) * entries)
-
-
-def _by_label(options: Options, entries: int) -> bool:
-    """Whether the sums leave out the label rather than the maximum, as in `jaxce.sums`."""
-    return entries == 1 and not options.return_aux
+    return _Lanes(stats, (none if label else zero,) * indices.shape[-1])
 
 
 def _with_block(
@@ -205,17 +200,17 @@ def _with_block(
     found_at = [jnp.broadcast_to(indices[:, k : k + 1], shape) - lane for k in range(len(picked))]
     for at, x in zip(columns, z, strict=True):
         picked = tuple(jnp.where(k == at.start, x, value) for k, value in zip(found_at, picked, strict=True))
-    by_label = _by_label(options, len(picked))
+    by_label = left_out(options, indices) is not None
     maximum = functools.reduce(jnp.maximum, z, before.stats.max) if by_label else functools.reduce(jnp.maximum, z)
     top = shift(maximum)
     e = [jnp.exp(x - top) for x in z]
-    stats = RowStats(maximum, maximum)
     if by_label:
         others = _sum(jnp.where(found_at[0] == at.start, 0, x) for at, x in zip(columns, e, strict=True))
-        stats = stats._replace(rest=before.stats.rest * jnp.exp(before.stats.max - top) + others)
+        rest = before.stats.rest * jnp.exp(before.stats.max - top) + others
     else:
         low, high = zip(*map(low_and_high, e), strict=True)
-        stats = stats._replace(rest=without_largest(_sum(low), _sum(high)))
+        rest = without_largest(_sum(low), _sum(high))
+    stats = RowStats(maximum, rest)
     below = [top - x for x in z]
     if options.label_smoothing:
         shares = [smoothing_distribution(x, _F32, part.weights, part.where) for x, part in zip(z, of, strict=True)]
@@ -226,7 +221,7 @@ def _with_block(
         argmax = jnp.zeros(shape, _F32)
         for at, x in reversed([*zip(columns, z, strict=True)]):
             argmax = jnp.where(x == maximum, (lane + (start + at.start)).astype(_F32), argmax)
-        stats = stats._replace(spread=_sum(jnp.exp(-d) * d for d in near), argmax=argmax)
+        stats = stats._replace(spread=_sum(x * d for x, d in zip(e, near, strict=True)), argmax=argmax)
     if not by_label:
         stats = merge(before.stats, stats)
     elif before.stats.smoothing is not None and stats.smoothing is not None:
@@ -243,7 +238,7 @@ def _sum(arrays: Iterable[Array]) -> Array:
 def _joint(options: Options, lanes: _Lanes, indices: Array, classes: int) -> _Lanes:
     """The record of whole rows, `[tokens, 1]`, of so many classes."""
     stats, picked = lanes
-    if _by_label(options, len(picked)):
+    if left_out(options, indices) is not None:
         stats = stats._replace(rest=stats.rest + (jnp.exp(picked[0] - shift(stats.max)) - 1))
         lane = lax.broadcasted_iota(jnp.int32, stats.max.shape, 1)
         found = (indices >= 0) & (indices < classes) & (lane == indices % LANES)
@@ -287,9 +282,8 @@ def backward(
     every = varying(projection, examples, shared, ct)
     cores, in_turn = chip.cores, V // (bv * chip.cores)
     classes = in_turn * bv * cores
-    # Rows that fill up the last block are as dead as those on which nothing depends. The sums in HBM need four blocks,
-    # or one is read again before it was written.
-    length = max(_whole(len(projection.hidden), bn), 0 if resident else 4 * bn)
+    # Rows that fill up the last block are as dead as those on which nothing depends.
+    length = _filled_up(len(projection.hidden), bn, resident)
     indices, stats, alive, ct = _padded(length, (_indices(options, examples, V), stats, alive, ct))
     of_rows = factors(indices, stats, alive, ct)
     log_sum = of_rows.log_sum if options.label_smoothing else None  # nothing else needs it, of class indices
@@ -297,8 +291,7 @@ def backward(
     hidden, rows, unpack = _rows(length, projection.hidden, (indices, needed), every)
     by_class, class_parts = _by_class(options, projection, examples, shared, every)
     asked = [x for x in (projection.bias, shared.class_weights) if x is not None]  # beside hidden states and kernel
-    rounded = classes == V and cores == 1 and not options.axis_name
-    dhidden_dtype = whole.dtype if resident and rounded else _F32
+    dhidden_dtype = whole.dtype if resident and _rounds(options, V, bv, cores) else _F32
     dtype = matmul_dtype(whole.dtype, projection.kernel.dtype)
 
     def kernel(rows_ref: Any, hidden_ref: Any, kernel_ref: Any, *refs: Any) -> None:
@@ -474,7 +467,7 @@ def _rows(
         found, at = [], 0
         for x, width in zip(leaves, widths, strict=True):
             own = columns[:, at] if x.ndim == 1 else columns[:, at : at + width]
-            found.append(own > 0 if x.dtype == jnp.bool_ else own.astype(x.dtype))
+            found.append(own.astype(x.dtype))
             at += width
         unpacked: Tree = jax.tree.unflatten(structure, found)
         return unpacked
@@ -494,6 +487,16 @@ def _classes_spec(schedule: Schedule, features: int, block_v: int, block: Callab
     if schedule.vocab_axis:
         return pl.BlockSpec((features, block_v), lambda *at: (0, block(*at)))
     return pl.BlockSpec((block_v, features), lambda *at: (block(*at), 0))
+
+
+def _filled_up(tokens: int, block_n: int, resident: bool) -> int:
+    """Of the backward pass. Sums in HBM need four blocks, or one is read again before it was written."""
+    return max(_whole(tokens, block_n), 0 if resident else 4 * block_n)
+
+
+def _rounds(options: Options, num_classes: int, block_v: int, cores: int) -> bool:
+    """Whether the sum on chip is the whole gradient of the hidden states, and can be rounded as it is written."""
+    return cores == 1 and num_classes % block_v == 0 and not options.axis_name
 
 
 def _whole(length: int, size: int) -> int:
@@ -582,8 +585,7 @@ def backward_bytes(p: Problem, block_n: int, block_v: int, resident: bool, cores
     logits = block_n * block_v * (2 * 4 + p.matmul.itemsize) + 4 * block_n * LANES
     sums = 4 * p.D * block_v
     if resident:
-        rounded = cores == 1 and p.V % block_v == 0 and not p.options.axis_name
-        itemsize = p.hidden.itemsize if rounded else 4
+        itemsize = p.hidden.itemsize if _rounds(p.options, p.V, block_v, cores) else 4
         return operands + logits + sums + p.D * (4 * _whole(p.N, block_n) + 2 * itemsize * block_n)
     return operands + logits + sums + 4 * 4 * p.D * block_n
 
@@ -597,8 +599,9 @@ def blocks(p: Problem, platform: str, scale: int) -> list[tuple[int, int]]:
 def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     found = kernels(p, chips.kind_of(platform))
     assert found is not None
-    dhidden = 0 if found.resident else 4 * found.chip.cores * p.N * p.D
-    padded = (p.N % block_n > 0) * (p.N + block_n) * p.D * p.hidden.itemsize
+    length = _filled_up(p.N, block_n, found.resident)
+    dhidden = 0 if found.resident else 4 * found.chip.cores * length * p.D
+    padded = (length > p.N) * length * p.D * p.hidden.itemsize
     return dhidden + padded + costs.row_bytes(p, platform)
 
 
