@@ -472,6 +472,20 @@ def test_only_the_linear_losses_have_it():
         )
 
 
+def test_a_plan_of_few_tokens_counts_four_blocks():
+    """With sums in HBM, of each of two cores, that many are filled up; beside what any plan counts of hidden states."""
+    n, d, v = 300, 3400, 1024
+    with mock.patch.object(chips, "chip", return_value=("tpu", "TPU v4")):
+        plan = jaxce.plan_linear_cross_entropy(
+            jax.ShapeDtypeStruct((n, d), jnp.bfloat16),
+            jax.ShapeDtypeStruct((d, v), jnp.bfloat16),
+            jax.ShapeDtypeStruct((n,), jnp.int32),
+            implementation="pallas_tpu",
+        )
+    assert plan.block_n == 128
+    assert plan.temp_bytes >= (2 * 4 + 2) * 512 * d + 2 * 4 * n * d
+
+
 @pytest.mark.parametrize("chip", [chip.kind for chip in chips._TPUS] + ["another"])
 @pytest.mark.parametrize(("n", "d", "v"), [(8192, 2048, 131072), (300, 64, 700), (1, 512, 50257), (65536, 1024, 32000)])
 def test_blocks_fit_the_chip(chip, n, d, v):
