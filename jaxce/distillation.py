@@ -38,7 +38,7 @@ from jaxce.log_probabilities import LogProbsAux, log_probs
 from jaxce.lookup import repeated_entries, same_entries
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import mask_like, sum_over, vary, varying
+from jaxce.sharding import mask_like, shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finite, merge_shards, tempered, working_dtype
 from jaxce.sums import Rows, effective, row_stats
 from jaxce.targets import SparseTargets, Targets, checked_sparse
@@ -302,8 +302,10 @@ def top_k_loss(
         count = jnp.sum(examples.where, tuple(class_axes), dtype=jnp.int32)
         classes = sum_over(jnp.broadcast_to(count, batch), of.options.axis_name)
     counts = who_counts(of.options, examples, Shared(), jnp.sum(probs, -1), classes)
-    # Entries of probability 0 count for nothing, whatever their index.
-    idle = counts.unused[..., None] | (probs == 0)
+    # Entries of probability 0 count for nothing, whatever their index; nor does what is no class, at a weight of 0.
+    num_classes = math.prod(full[i] for i in class_axes) * shard_count(of.options.axis_name)
+    known = (indices >= 0) & (indices < num_classes)
+    idle = ~counts.counted[..., None] | (probs == 0) | (counts.unused[..., None] & ~known)
     ids = jnp.where(idle, jnp.full_like(indices, _IDLE), jnp.maximum(indices, -1))
     kept = "where", "logit_softcap", "temperature", "axis_name", "implementation"
     log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **{name: options[name] for name in kept})
@@ -326,16 +328,23 @@ def _of_top_k(
     of: Distillation,
     tail: bool,
 ) -> Array:
-    idle, unused = ids == _IDLE, counts.unused
-    first = ~(repeated_entries(ids) | idle)
+    first = ~(repeated_entries(ids) | (ids == _IDLE))
     p = jnp.where(first, jnp.sum(jnp.where(same_entries(ids), p[..., None, :], 0), -1), 0)  # of a class given twice
     log_q = jnp.where(first | jnp.isnan(log_q), log_q, -jnp.inf)
     mass = jnp.sum(p, -1)
     rest = jnp.maximum(_left_of_one(p), 0) if tail else jnp.zeros_like(mass)
     rest = jnp.where(mass > _MOST, jnp.nan, rest) if tail else rest
-    log_rest = jnp.where(unused, 0, log_rest)
     p, log_q = (jnp.concatenate([x, y[..., None]], -1) for x, y in ((p, rest), (log_q, log_rest)))
-    return composed(of, divergence_of_log_probs(of.divergence, log_q, p, whole=tail), examples, counts)
+    divergence = functools.partial(divergence_of_log_probs, of.divergence, whole=tail)
+    first_value = divergence(lax.stop_gradient(log_q), p)
+    # A row of NaN log-probabilities has the derivatives of a plain sum: 0 if nothing depends on it.
+    dead = counts.unused & ~jnp.isfinite(first_value)
+    broken = jnp.isnan(first_value) & ~dead
+    kept = ~(broken | dead)[..., None]
+    value = divergence(jnp.where(kept, log_q, 0), jnp.where(kept, p, 1))
+    slope = jnp.where(broken & ~jnp.any(jnp.isnan(log_q), -1), jnp.nan, 1)
+    value = jnp.where(broken, slope * jnp.sum(log_q, -1), value)
+    return composed(of, value, examples, counts)
 
 
 def _left_of_one(p: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypedDict, Unpack, overloa
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Shared, checked
@@ -208,7 +208,9 @@ def composed(
     if not options.return_aux:
         return log_p
     # A mass of nearly 1 has the digits of its logarithm in what it lacks: the probabilities of the ids.
-    mass = jnp.sum(jnp.where(repeated_entries(indices) | ignored, 0, jnp.exp(log_p)), -1)
+    # NaN has no derivative: it must not turn a cotangent of 0 into NaN.
+    fixed = jnp.where(jnp.isnan(log_p), lax.stop_gradient(log_p), log_p)
+    mass = jnp.sum(jnp.where(repeated_entries(indices) | ignored, 0, jnp.exp(fixed)), -1)
     assert terms.entropy is not None  # the aux record is why it was computed
     assert terms.tail is not None
     assert prediction is not None

@@ -50,8 +50,10 @@ OTHERS = {  # which give the same numbers: log-probabilities, and a divergence f
     "distillation": {"dense": "distillation_loss", "linear": "linear_distillation_loss"},
 }
 POSITIONAL = ("logits", "hidden", "kernel", "targets", "labels", "teacher_logits", "teacher_hidden", "teacher_kernel")
+POSITIONAL += ("teacher_indices", "teacher_probs")
 MAIN = {"dense": ("logits",), "integer": ("logits",), "linear": ("hidden", "kernel", "bias"), "probs": ("logits",)}
 TOKENS = ("logits", "hidden", "targets", "weights", "temperature", "labels", "teacher_logits", "teacher_hidden")
+TOKENS += ("teacher_indices", "teacher_probs")
 F16, BF16, F32, F64 = (np.dtype(x) for x in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 LABELS = [np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
 LABELS += [np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)]
@@ -152,8 +154,10 @@ def draw(seed: int, index: int) -> Case:
         mesh = None
     linear = function == "linear"
     form = None
-    if function in ("dense", "linear") and transform not in ("discard", "symbolic") and maybe(0.35):
-        form = "log_probs" if kind != "probs" else "distillation" if transform != "hvp" else None
+    if function in ("dense", "linear") and maybe(0.35):
+        form = "log_probs" if kind != "probs" else "distillation"
+        if (form, transform) in (("log_probs", "symbolic"), ("distillation", "hvp")):
+            form = None
     log_probs, distilled = form == "log_probs", form == "distillation"
 
     # Sizes that divide nothing, but for what a mesh splits.
@@ -377,6 +381,7 @@ def draw(seed: int, index: int) -> Case:
         )
     if distilled:
         _draw_teacher(case, rng, lead, bad & unused, gone)
+        _draw_divergence(case, rng, lead, allowed)
     if function == "probs" and gone.any() and ("label_smoothing" in params or "label_smoothing" in constants):
         params.pop("label_smoothing", None)
         constants.pop("label_smoothing", None)
@@ -401,7 +406,8 @@ def draw(seed: int, index: int) -> Case:
         case.placement |= dict.fromkeys(MAIN[function][:2], "spec")
         case.placement["axes"] = pick("b", "v", "bv", p=[30, 20, 50])
     if linear:
-        modes = [None, "recompute"] + ["store"] * (reduction != "none" and transform != "symbolic")
+        stores = reduction != "none" and transform != "symbolic" and "teacher_indices" not in data
+        modes = [None, "recompute"] + ["store"] * stores
         if (mode := pick(*modes)) is not None:
             constants["mode"] = mode
         if mesh is None and transform != "symbolic" and N:
@@ -454,6 +460,29 @@ def _draw_teacher(
     data["teacher_kernel"] = (kernel if case.teacher_vocab_axis else kernel.T).astype(case.params["kernel"].dtype)
     if gone.any():
         data["teacher_bias"] = np.where(gone[0], -np.inf, 0).astype(dtype)
+
+
+def _draw_divergence(case: Case, rng: np.random.Generator, lead: tuple[int, ...], allowed: np.ndarray) -> None:
+    """Which one, and whether no more is known of the teacher than the probabilities of a few classes."""
+    name = ("forward_kl", "reverse_kl", "jsd")[rng.choice(3, p=(0.45, 0.3, 0.25))]
+    if name != "forward_kl":
+        case.constants["divergence"] = name
+    if name == "jsd" and rng.random() < 0.5:
+        case.constants["beta"] = 0.1
+    most = min(4, int(allowed.sum(-1).min(initial=case.V)) - 1)  # one class at least for the rest
+    if most < 1 or rng.random() < 0.7:
+        return
+    for key in [key for data in (case.data, case.constants) for key in data if key.startswith("teacher")]:
+        case.data.pop(key, None)
+        case.constants.pop(key, None)
+    total, K = len(allowed), int(rng.integers(1, most + 1))
+    indices = np.argsort(rng.random(allowed.shape) * allowed, -1)[:, ::-1][:, :K]
+    probs = rng.dirichlet(np.ones(K), total) * rng.uniform(0.3, 0.95, (total, 1))
+    dtype = case.params[MAIN[case.function][0]].dtype
+    case.data["teacher_indices"] = indices.reshape(*lead, *case.batch, K).astype(np.int32)
+    case.data["teacher_probs"] = probs.reshape(*lead, *case.batch, K).astype(dtype)
+    if name == "forward_kl" and rng.random() < 0.3:
+        case.constants["tail"] = False
 
 
 def planned(case: Case, memory_budget: int | None) -> jaxce.LinearPlan:
@@ -520,7 +549,10 @@ def call(case: Case, params: dict[str, Any], data: dict[str, Any], **extra: Any)
     options |= case.constants | extra
     if case.form == "distillation":
         names = ("teacher_hidden", "teacher_kernel") if case.function == "linear" else ("teacher_logits",)
-        targets = tuple(data[name] for name in names)
+        if "teacher_indices" in data:
+            targets = (jaxce.SparseTargets(data["teacher_indices"], data["teacher_probs"]),)
+        else:
+            targets = tuple(data[name] for name in names)
         given = [params[name] for name in MAIN[case.function][:2] if name in params]
         axis = {} if case.function == "linear" else {"axis": case.axis}
         return loss_of(*given, *targets, **axis, **options), None
@@ -642,6 +674,8 @@ def dims(case: Case, name: str) -> tuple[Any, ...]:
         "teacher_hidden": (*batch, None),
         "teacher_kernel": ("v", None) if case.teacher_vocab_axis == 0 else (None, "v"),
         "teacher_bias": ("v",),
+        "teacher_indices": (*batch, None),
+        "teacher_probs": (*batch, None),
         "targets": rows if case.kind == "probs" else (*batch, None),
         "labels": (*batch, None) if case.kind == "sparse" else batch,
         "weights": batch,
@@ -779,7 +813,9 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     ignore = case.constants.get("ignore_index")
     entries = None
     given_in = of_target = np.zeros((N, V))  # -log of its probabilities, and their relative error
-    if case.form == "distillation":
+    if "teacher_indices" in case.data:
+        target = np.zeros((N, V))
+    elif case.form == "distillation":
         target, given_in, of_target = _teacher(case, params, rows, mask, temperature, eps)
     elif case.kind == "probs":
         target = rows(params["targets"])
@@ -812,6 +848,11 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
             z, target, weights=w_rows, class_weights=v, label_smoothing=smoothing, z_loss=z_loss, where=mask
         )
         off = np.max(np.where(mask, error, 0), -1, initial=0)
+    if "teacher_indices" in case.data or "divergence" in case.constants:
+        problem = divergence = _Divergence(case, problem, w_rows, off, (target, given_in, of_target), params, eps)
+        own_entropy, off_divergence, dz_off = np.zeros(N), divergence.error, divergence.gradient_error
+    else:
+        own_entropy, off_divergence, dz_off = np.sum(target * given_in, -1), 0.0, 0.0
     losses = problem.losses()
     below = problem.softmax.below
     near = np.where(np.isfinite(below), np.minimum(below, 120 if case.dtype == F32 else 800), 0) * (1 + tempered)
@@ -820,13 +861,12 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     coefficients = np.where(mask, (1 - smoothing) * target * v + smoothing / problem.count[:, None] * v, 0)
     lse = losses.log_normalizer
     moves = abs(w_rows) * (2 * coefficients.sum(-1) + 2 * z_loss * (abs(lse.value) + off))
-    own_entropy = np.sum(target * given_in, -1)
     loss = np.where(dead, 0, losses.loss.value - w_rows * own_entropy)
     size = np.where(dead, 0, losses.loss.size)
     bound = slack * eps * size + moves * off + tiny * V * abs(w_rows)
     p, surprise = problem.softmax.p, problem.softmax.surprise
     finite = np.where(np.isfinite(surprise), surprise, 0)
-    off_target = np.sum(target * of_target * (given_in + finite + 1), -1)
+    off_target = np.sum(target * of_target * (given_in + finite + 1), -1) + off_divergence
     bound = bound + abs(w_rows) * off_target
     outputs: dict[str, Any] = {
         "nll": (
@@ -881,7 +921,7 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     if exact_index and not (smoothing or z_loss or cap or tempered or weighted):
         dz_size = abs(dz)
     bounded = (slack[:, None] - 16 + relative + near) * eps * dz_size + 3 * off[:, None] * dz_size
-    bounded = bounded + masked(aw[:, None] * target * of_target)
+    bounded = bounded + masked(aw[:, None] * (target * of_target + dz_off))
     finite_below = np.where(np.isfinite(below), below, 0)
     spread = np.sum(p * finite_below * (16 + near), -1, keepdims=True)
     bounded = bounded + masked(abs(ch)[:, None] * p * (4 * off[:, None] + eps * spread))
@@ -1006,6 +1046,79 @@ def _teacher(
     return found.p, surprise, 2 * error[:, None] + (16 + below) * eps
 
 
+class _Divergence:
+    """`oracle.Problem` for a divergence: Σ a·p·log(p/m) + b·q·log(q/m), with q the student.
+
+    p and q are of all classes, or of a few and of the others together; then the gradient in a logit is that in the
+    logarithm of its class's own probability. q is off by E of itself, p by what the teacher says, and a logarithm of
+    their quotient by the sum of both (divided by β, near which log1p has few digits).
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        student: oracle.Problem,
+        w: np.ndarray,
+        off: np.ndarray,
+        teacher: tuple[np.ndarray, np.ndarray, np.ndarray],
+        params: dict[str, np.ndarray],
+        eps: float,
+    ):
+        self.softmax, self.count, self.w, self.student = student.softmax, student.count, w, student
+        q, mask = self.softmax.p, student.mask
+        below = np.where(np.isfinite(self.softmax.below) & mask, self.softmax.below, 0)
+        off_q = np.where(mask, 2 * off[:, None] + (16 + below) * eps, 0)
+        N, V = q.shape
+        group = np.broadcast_to(np.arange(V), (N, V))
+        p, surprise, off_p = teacher
+        log_q = -np.where(q > 0, self.softmax.surprise, 0)
+        if "teacher_indices" in params:
+            K = params["teacher_indices"].shape[-1]
+            indices, p = (params[name].reshape(N, K) for name in ("teacher_indices", "teacher_probs"))
+            own = indices[..., None] == np.arange(V)
+            group = np.where(own.any(1), own.argmax(1), K)
+            members = (group[:, None] == np.arange(K + 1)[:, None]) & mask[:, None]
+            q, off_q = np.sum(members * q[:, None], -1), np.max(members * off_q[:, None], -1) + V * eps
+            rest = (1 - p.sum(-1, keepdims=True)) * case.constants.get("tail", True)
+            p = np.concatenate([p, rest], -1)
+            off_p = np.full(p.shape, 8 * eps)
+            surprise, log_q = (-np.log(np.where(x > 0, x, 1)) * sign for x, sign in ((p, 1), (q, -1)))
+        kind, beta = case.constants.get("divergence", "forward_kl"), case.constants.get("beta", 0.5)
+        on_p, on_q = {"forward_kl": (1, 0), "reverse_kl": (0, 1), "jsd": (beta, 1 - beta)}[kind]
+        log_ratio = np.where((p > 0) & (q > 0), log_q + surprise, 0)  # of q to p
+        of_m = np.log(beta + (1 - beta) * np.exp(log_ratio)) if kind == "jsd" else log_ratio * on_p  # log(m/p)
+        either = off_q + off_p
+        of_log = either / (min(beta, 1 - beta) if kind == "jsd" else 1)
+        of_p, of_q = -of_m, log_ratio - of_m  # log(p/m), log(q/m)
+        terms = on_p * p * of_p + on_q * q * of_q
+        self.value, size = np.sum(terms, -1), np.sum(on_p * p * abs(of_p) + on_q * q * abs(of_q), -1)
+        self.size = size
+        self.error = np.sum((on_p * p + on_q * q) * (of_log + either * (abs(of_p) + abs(of_q))), -1)
+        slope = -p / np.where(q > 0, q, 1) if kind == "forward_kl" else on_q * of_q  # the derivative in q
+        off_slope = abs(slope) * either if kind == "forward_kl" else on_q * of_log
+        mean, mean_size = (np.sum(q * x, -1, keepdims=True) for x in (slope, abs(slope)))
+        off_mean = np.sum(q * (off_q * abs(slope) + off_slope), -1, keepdims=True)
+
+        def of_class(x: np.ndarray) -> np.ndarray:
+            return np.take_along_axis(x, group, -1)
+
+        of_one = self.softmax.p
+        self.gradient = of_one * (of_class(slope) - mean)
+        self.gradient_size = of_one * (of_class(abs(slope)) + mean_size)
+        relative = of_class(off_q) * (of_class(abs(slope)) + mean_size)
+        self.gradient_error = of_one * (relative + of_class(off_slope) + off_mean)
+
+    def losses(self) -> oracle.Losses:
+        loss = oracle.Valued(self.w * self.value, abs(self.w) * self.size)
+        return self.student.losses()._replace(loss=loss)
+
+    def gradients(self, ct: oracle.Cotangents) -> oracle.Gradients:
+        aw = (ct.loss * self.w)[:, None]
+        logits = oracle.Valued(aw * self.gradient, abs(aw) * self.gradient_size)
+        weights = oracle.Valued(ct.loss * self.value, abs(ct.loss) * self.size)
+        return self.student.gradients(ct)._replace(logits=logits, weights=weights)
+
+
 class _FromProbs:
     """`oracle.Problem` for given probabilities: −log p is what they say, and the gradient is in p itself."""
 
@@ -1055,10 +1168,10 @@ def steps_of(case: Case, params: dict[str, np.ndarray]) -> list[Step]:
     for i in range(case.steps or 1):
         here = {n: x[i] if case.steps and n in TOKENS else x for n, x in params.items()}
         cot = {n: up(c[i] if case.steps else c) for n, c in case.cotangents.items()}
-        if case.transform == "discard" and case.poison.any():
-            cot = {n: 0 * c for n, c in cot.items()}
-        its_labels = labels if labels is None or not case.steps else labels[i]
         poison = case.poison.reshape(case.steps or 1, math.prod(case.batch))[i]
+        if case.transform == "discard" and poison.any():  # of the one number, or of the rows that are NaN
+            cot = {n: c * (case.reduction == "none" and ~poison.reshape(case.batch)) for n, c in cot.items()}
+        its_labels = labels if labels is None or not case.steps else labels[i]
         found.append(step_of(case, here, its_labels, cot, poison))
     return found
 

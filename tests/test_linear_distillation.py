@@ -323,10 +323,30 @@ def test_bad_rows_of_a_teacher_of_some_classes(rng):
         (gradient,) = pull(jnp.ones(5))
         bad = np.array([True] * 4 + [False]) & (weights is None)
         np.testing.assert_array_equal(np.isnan(loss), bad)
-        assert np.all(np.isfinite(gradient[4]))
+        np.testing.assert_array_equal(np.isnan(gradient).any(-1), bad)
         if weights is not None:
             assert not np.any(loss)
             assert not np.any(gradient)
+        (discarded,) = pull(jnp.float32([1, 1, 1, 0, 1]))  # where(isfinite(loss), loss, 0)
+        assert np.all(np.isfinite(discarded[3:]))
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_weight_of_0_has_the_gradient_of_any_other(tail, rng):
+    """The loss of its token, even where nothing else of that token is needed."""
+    parts, _ = models(rng)
+    teacher, weights = top_k(rng), jnp.zeros(N).at[::2].set(2.0)
+    wanted = jaxce.distillation_loss(logits_of(**parts), teacher, tail=tail)
+
+    def of_hidden(weights):
+        return jaxce.linear_distillation_loss(**parts, teacher_hidden=teacher, weights=weights, tail=tail)
+
+    def of_logits(weights):
+        return jaxce.distillation_loss(logits_of(**parts), teacher, weights=weights, tail=tail)
+
+    for of_weights in of_hidden, of_logits:
+        (gradient,) = jax.vjp(of_weights, weights)[1](jnp.ones(N))
+        np.testing.assert_allclose(gradient, wanted, rtol=64 * EPS)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,28 @@ def test_bad_rows(implementation, rng):
     assert chosen[5, 1] == 0
 
 
+@pytest.mark.parametrize("of_hidden", [False, True])
+def test_a_row_that_nothing_depends_on_gives_no_nan(of_hidden, rng):
+    """As a NaN logit times the cotangent 0 would: where(isfinite(x), x, 0) keeps it out of the gradient."""
+    x = rng.normal(size=(4, V)).astype(np.float32)
+    x[1, 3] = np.nan
+    ids = np.stack([rng.permutation(V)[:K] for _ in range(4)])
+    kernel = np.eye(V, dtype=np.float32)
+
+    def outputs(x):
+        made = (x, kernel, ids) if of_hidden else (x, ids)
+        log_p, aux = (jaxce.linear_log_probs if of_hidden else jaxce.log_probs)(*made, return_aux=True)
+        return {"log_p": log_p, "entropy": aux.entropy, "log_normalizer": aux.log_normalizer, "tail": aux.tail}
+
+    shapes, pull = jax.eval_shape(outputs, x), jax.jit(lambda x, ct: jax.vjp(outputs, x)[1](ct)[0])
+    for name in shapes:
+        ct = {n: np.zeros(s.shape, np.float32) for n, s in shapes.items()}
+        ct[name][:] = rng.normal(size=shapes[name].shape)
+        assert np.isnan(pull(x, ct)[1]).all(), name
+        ct[name][1] = 0
+        assert np.isfinite(pull(x, ct)).all(), name
+
+
 def test_other_transforms(rng):
     z, ids = some_rows(rng)
     whole = jaxce.log_probs(z, ids, return_aux=True)
