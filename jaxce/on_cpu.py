@@ -18,7 +18,7 @@ from jax.interpreters import batching, mlir
 from jax.typing import DTypeLike
 
 from jaxce.primitives import Primitive
-from jaxce.versions import NARROW_PRODUCTS_ON_CPU
+from jaxce.versions import BFLOAT16_ON_CPU
 
 Tree = TypeVar("Tree")
 
@@ -58,7 +58,7 @@ def multiplies(dtype: DTypeLike) -> bool:
 
     Products of bfloat16 take a quarter of the time of those of float32 where the processor has instructions for them.
     """
-    return NARROW_PRODUCTS_ON_CPU and bool(dtype == jnp.bfloat16)
+    return BFLOAT16_ON_CPU and bool(dtype == jnp.bfloat16)
 
 
 _choice_p = Primitive("on_one_cpu")

@@ -10,7 +10,7 @@ from jax import export
 
 import jaxce
 from jaxce.linear import plan as plans
-from jaxce.versions import NARROW_PRODUCTS_ON_CPU
+from jaxce.versions import BFLOAT16_ON_CPU
 
 N, D, V = 6, 3, 7
 RNG = np.random.default_rng(0)
@@ -123,7 +123,7 @@ def test_a_program_is_the_one_of_the_platform_it_is_for():
     for platform, text in programs.items():
         products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         assert products
-        on_cpu = {True, False} if NARROW_PRODUCTS_ON_CPU else {False}
+        on_cpu = {True, False} if BFLOAT16_ON_CPU else {False}
         assert {"bf16" in line for line in products} == (on_cpu if platform == "cpu" else {True})
         assert {other for other, block in blocks.items() if block in text} == {platform}
 

@@ -16,7 +16,7 @@ import jaxce
 from jaxce import SparseTargets, linear_cross_entropy, plan_linear_cross_entropy
 from jaxce.linear import costs
 from jaxce.linear import plan as plans
-from jaxce.versions import NARROW_PRODUCTS_ON_CPU
+from jaxce.versions import BFLOAT16_ON_CPU
 from tests.pairwise import pairwise
 
 
@@ -248,5 +248,5 @@ def test_every_product_is_of_the_given_precision_and_narrow_where_the_inputs_are
         name = "DEFAULT" if precision is None else "HIGHEST"
         factors = {"f32" if dtype == jnp.float32 else "bf16"}
         if dtype == jnp.bfloat16 and platform == "cpu":  # only those of the logits, and before 0.12 none
-            factors = {"f32", "bf16"} if NARROW_PRODUCTS_ON_CPU else {"f32"}
+            factors = {"f32", "bf16"} if BFLOAT16_ON_CPU else {"f32"}
         assert set(products) == {(name, name, factor, factor, "f32") for factor in factors}

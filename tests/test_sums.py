@@ -32,14 +32,17 @@ def in_one_piece(options: Options, rows: sums.Rows) -> RowStats:
     return sums._fused(options, rows).stats
 
 
-@pytest.fixture(params=["fused", "short", "one chunk", "chunks"])
+@pytest.fixture(params=["fused", "short", "one chunk", "chunks", "groups"])
 def form(request, monkeypatch):
     """Each form that a program may have, for rows of a few classes."""
-    if request.param in ("one chunk", "chunks"):
+    if request.param in ("one chunk", "chunks", "groups"):
         monkeypatch.setattr(sums, "_SHORT", 0)
+    if request.param in ("one chunk", "chunks"):
+        monkeypatch.setattr(sums, "_GROUP", 0)
     if request.param == "chunks":
         monkeypatch.setattr(sums, "_CHUNK", 100)
-    return in_one_piece if request.param == "fused" else in_chunks
+    of_rows = in_one_piece if request.param == "fused" else in_chunks
+    return lambda options, rows: of_rows(options, rows)  # one of its own, or jit would take another form's program
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -47,7 +50,7 @@ def test_the_sum_without_one_class(rng, form, label):
     """On both sides of every threshold; the label has the maximum, or there is none."""
     share = np.linspace(0.004, 1, 250)[:, None]
     below = np.concatenate([np.broadcast_to(share, (250, k)) * rng.uniform(0.99, 1, (250, k)) for k in (1, 2, 3)], -1)
-    for classes in (1, 3, 6):
+    for classes in (1, 3, 5, 6):  # and one more: some of them make groups
         top = rng.uniform(-3, 3, (250, 1))
         logits = np.concatenate([top + np.log(below[:, :classes]), top], -1).astype(np.float32)
         logits = np.concatenate([logits, np.full_like(logits[:1], -np.inf)])
@@ -57,6 +60,14 @@ def test_the_sum_without_one_class(rng, form, label):
         assert stats.rest[-1] == -1
         exact = np.expm1(oracle.softmax(oracle.lift(logits[:-1])).log_sum)
         assert_within(stats.rest[:-1], exact, 4 * EPS * exact, f"rest of {classes + 1} classes")
+
+
+def test_a_label_of_another_shard_leaves_nothing_out(rng, form):
+    logits = rng.uniform(-3, 3, (5, 6)).astype(np.float32)
+    labels = jnp.array([[-1], [6], [7], [-5], [2**30]])
+    stats = jax.jit(form, static_argnums=0)(Options(), sums.Rows(jnp.asarray(logits), labels))
+    exact = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True)).sum(-1)
+    assert_within(stats.rest + 1, exact, 4 * EPS * exact, "the whole sum")
 
 
 @pytest.mark.parametrize("v", [10, 128, 1025, 32769, 131072])
@@ -73,6 +84,7 @@ def test_sums_of_every_length(rng, v, dtype):
     probs = jnp.asarray(np.pad(probs, ((0, 0), (0, v - 8))))
     options, more = Options(label_smoothing=True), Options(label_smoothing=True, return_aux=True)
     by_label = jax.jit(lambda z, y: sums.row_stats(options, sums.Rows(z, y[:, None])))(logits, jnp.asarray(labels))
+    alone = jax.jit(lambda z, y: sums.row_stats(Options(), sums.Rows(z, y[:, None])))(logits, jnp.asarray(labels))
     by_probs = jax.jit(lambda z, t: sums.row_stats(more, sums.Rows(z, probs=t)))(logits, probs)
     z = np.asarray(logits).astype(np.float64)
     exact = oracle.softmax(z)
@@ -81,7 +93,8 @@ def test_sums_of_every_length(rng, v, dtype):
     of_sums, e = 16 * EPS, np.exp(-exact.below)
     rounded = EPS * (e * exact.below).sum(-1)
     sure = labels == np.argmax(z, -1)
-    assert_within(by_label.rest, rest, of_sums * np.where(sure, rest, 1 + rest) + rounded, "rest, label")
+    for stats in by_label, alone:
+        assert_within(stats.rest, rest, of_sums * np.where(sure, rest, 1 + rest) + rounded, "rest, label")
     assert_within(by_probs.rest, rest, of_sums * rest + rounded, "rest, maximum")
     assert_within(by_label.picked[:, 0], z[np.arange(n), labels], np.zeros(n), "picked")
     t = np.asarray(probs, np.float64)
