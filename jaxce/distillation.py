@@ -41,7 +41,7 @@ from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import mask_like, shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finite, merge_shards, tempered, working_dtype
 from jaxce.sums import Rows, effective, row_stats
-from jaxce.targets import SparseTargets, Targets, checked_sparse
+from jaxce.targets import SparseTargets, Targets, checked_sparse, is_class
 from jaxce.types import ArrayLike, Axis, AxisName, DivergenceName, Implementation, Reduction, takes_variables
 
 
@@ -304,8 +304,8 @@ def top_k_loss(
     counts = who_counts(of.options, examples, Shared(), jnp.sum(probs, -1), classes)
     # Entries of probability 0 count for nothing, whatever their index; nor does what is no class, at a weight of 0.
     num_classes = math.prod(full[i] for i in class_axes) * shard_count(of.options.axis_name)
-    known = (indices >= 0) & (indices < num_classes)
-    idle = ~counts.counted[..., None] | (probs == 0) | (counts.unused[..., None] & ~known)
+    unknown = counts.unused[..., None] & ~is_class(indices, num_classes)
+    idle = ~counts.counted[..., None] | (probs == 0) | unknown
     ids = jnp.where(idle, jnp.full_like(indices, _IDLE), jnp.maximum(indices, -1))
     kept = "where", "logit_softcap", "temperature", "axis_name", "implementation"
     log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **{name: options[name] for name in kept})
