@@ -54,13 +54,10 @@ def row_major(kind: str, vocab_axis: int) -> bool:
 def block_eighths(kind: str, vocab_axis: int) -> tuple[int, int]:
     """The blocks of the forward and of the backward pass, in eighths of the plan's.
 
-    The backward pass keeps its blocks in the input dtype, so more of them fit on chip. On TPU7x, blocks of [D, V] that
-    are not a power of two escape a transposition, and a smaller first block of [V, D] leaves room for the second. In
-    estimated cycles it is worth 2 to 3 % on v6e, and on TPU7x 15 % with [D, V] and 3 % with [V, D], there 33 MB as well
-    (JAX 0.12, 8192 x 2048 x 131072).
+    On TPU7x, blocks of [D, V] that are not a power of two escape a transposition, and a smaller first block of [V, D]
+    leaves room for the second: 15 % and 3 % of the estimated cycles, and 33 MB of the latter (JAX 0.12,
+    8192 x 2048 x 131072).
     """
-    if kind == "TPU v6 lite":
-        return 8, 10
     if kind == "TPU7x":
         return 7, 9 if vocab_axis == 1 else 8
     return 8, 8
