@@ -15,11 +15,11 @@ from 0.75 on all of it is high. If both together are below 1.5 then the maximum 
 `rest`; otherwise it is Σ low + (Σ high − 1), and Σ high − 1 is 0 or no smaller than what it could be off.
 
 **On CPU** XLA is fast where it adds up what is in memory, or a plain expression of it, through a library kernel, and
-slow where it has to select what it adds up. So the classes of a label's row are added up in groups, all but one of
-which are plain. Elsewhere the exponentials are written to memory, and the one at the label is set to 0 there; in chunks
-of rows that stay in the cache that costs hardly anything. If a gradient is wanted and will be as large as they are,
-they are written where the gradient will be: it is computed from them in place. Chunks would be gathered on one device
-if the rows are on several, which is known when a program is lowered: then it is the form of the other platforms.
+slow where it has to select what it adds up. So the classes of a row are added up in groups, all but that of the class
+left out are plain. Elsewhere the exponentials are written to memory, and the one at the label is set to 0 there; in
+chunks of rows that stay in the cache that costs hardly anything. If a gradient is wanted and will be as large as they
+are, they are written where the gradient will be: it is computed from them in place. Chunks would be gathered on one
+device if the rows are on several, which is known when a program is lowered: then it is the form of the other platforms.
 """
 
 from __future__ import annotations
@@ -244,15 +244,27 @@ def _sums_jvp(options: Options, keep: bool, primals: tuple[Rows], tangents: tupl
     return sums, jax.jvp(plainly, primals, tangents)[1]
 
 
-def _record(options: Options, rows: Rows, z: Array, maximum: Array, rest: Array, add: Any, take: Any = pick) -> _Sums:
-    """The other sums of rows with effective logits `z`. `add` sums up the last axis, `take` is a form of `pick`."""
+def _record(
+    options: Options,
+    rows: Rows,
+    z: Array,
+    maximum: Array,
+    rest: Array,
+    add: Any,
+    take: Any = pick,
+    product: Any = times,
+) -> _Sums:
+    """The other sums of rows with effective logits `z`.
+
+    `add` sums up the last axis; `take` is a form of `pick`, and `product` one of `times`.
+    """
 
     def below() -> Array:
         """max − z: not negative, and inf at −inf."""
         return shift(maximum)[..., None] - z.astype(maximum.dtype)
 
     def gap(weights: Array) -> Gap:
-        return Gap(add(times(weights.astype(maximum.dtype), below()), -1), add(weights.astype(maximum.dtype), -1))
+        return Gap(add(product(weights.astype(maximum.dtype), below()), -1), add(weights.astype(maximum.dtype), -1))
 
     target = smoothing = spread = uniform = None
     if rows.probs is not None:
@@ -341,30 +353,46 @@ def _group(options: Options, rows: Rows) -> int | None:
     """The classes of a group, about as many as there are groups; None if rows are better not divided, or cannot be."""
     dtype, V = rows.logits.dtype, rows.logits.shape[-1]
     changed = (options.logit_softcap, rows.temperature, rows.where, rows.smoothing_weights)
-    if rows.indices is None or any(x is not None for x in changed) or V <= _SHORT:
+    if any(x is not None for x in changed) or options.return_aux or V <= _SHORT:
         return None
-    if dtype != jnp.float32 and not (BFLOAT16_ON_CPU and dtype == jnp.bfloat16):
+    if dtype != jnp.float32 and not (BFLOAT16_ON_CPU and dtype == jnp.bfloat16 and rows.indices is not None):
         return None
-    if options.label_smoothing and V > _KERNEL:
+    if V > _KERNEL and (options.label_smoothing or rows.probs is not None):
         return None
     return next((n for n in range(math.isqrt(V - 1) + 1, min(V // 2, _GROUP) + 1) if V % n == 0), None)
 
 
 def _in_groups(options: Options, rows: Rows, size: int) -> _Sums:
-    """Each group of classes is added up by itself, by the library; and that of the label once more, without it."""
+    """Each group of classes is added up by itself, by the library; and that of the class left out once more."""
     z, label = rows.logits, rows.indices
-    assert label is not None  # or there is no group
     # Behind a barrier, or XLA widens narrow logits in rows, and has no kernel for what follows.
     groups = lax.optimization_barrier(z.reshape(len(z), -1, size))
-    maximum = jnp.max(z, -1).astype(working_dtype(z.dtype))
-    own, place = label // size, label % size
+    if label is None:
+        largest = jnp.max(groups, -1)
+        maximum, own = jnp.max(largest, -1), jnp.argmax(largest, -1, keepdims=True)
+    else:
+        maximum, own = jnp.max(z, -1), label // size
+    maximum = maximum.astype(working_dtype(z.dtype))
     whole = put(jnp.sum(exponentials(groups, maximum[:, None]), -1), own, jnp.zeros_like(maximum[:, None]))
-    there = (label >= 0) & (label < z.shape[-1])
-    group = jnp.take_along_axis(groups, jnp.where(there, own, 0)[..., None], 1, mode="promise_in_bounds")[:, 0]
-    others = put(exponentials(group, maximum), place, jnp.zeros_like(maximum[:, None]))
-    rest = jnp.sum(whole, -1) + jnp.sum(jnp.where(there, others, 0), -1)
-    rest = rest + jnp.expm1(_label_or_nothing(z, label, gathered) - shift(maximum))
-    return _record(options, rows, z, maximum, rest, jnp.sum, gathered)
+    inside = (own >= 0) & (own < groups.shape[1])
+    group = jnp.take_along_axis(groups, jnp.where(inside, own, 0)[..., None], 1, mode="promise_in_bounds")[:, 0]
+    others = exponentials(group, maximum)
+    if label is None:
+        rest = _without_maximum(lax.optimization_barrier(others), jnp.sum)
+    else:
+        others = put(others, label % size, jnp.zeros_like(maximum[:, None]))
+        rest = jnp.sum(jnp.where(inside, others, 0), -1)
+        rest = rest + jnp.expm1(_label_or_nothing(z, label, gathered) - shift(maximum))
+    return _record(options, rows, z, maximum, jnp.sum(whole, -1) + rest, jnp.sum, gathered, _times_without_select)
+
+
+def _times_without_select(a: Array, x: Array) -> Array:
+    """`times`, of operations that the library has: where a is 0, x is limited to 0; elsewhere, to more than any number.
+
+    |a| is at least 2**-126. The limit is a·2**254, in two steps that must not be made one: 2**254 is no float32.
+    """
+    large = lax.optimization_barrier(jnp.asarray(2.0**127, a.dtype))
+    return a * jnp.minimum(x, jnp.abs(a) * large * large)
 
 
 def _of_chunk(options: Options, rows: Rows) -> _Sums:

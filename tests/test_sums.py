@@ -70,7 +70,7 @@ def test_a_label_of_another_shard_leaves_nothing_out(rng, form):
     assert_within(stats.rest + 1, exact, 4 * EPS * exact, "the whole sum")
 
 
-@pytest.mark.parametrize("v", [10, 128, 1025, 32769, 131072])
+@pytest.mark.parametrize("v", [10, 128, 1025, 32768, 32769, 131072])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_sums_of_every_length(rng, v, dtype):
     """As compiled for this machine: rows that are short and long, in one chunk and in several."""
@@ -86,6 +86,7 @@ def test_sums_of_every_length(rng, v, dtype):
     by_label = jax.jit(lambda z, y: sums.row_stats(options, sums.Rows(z, y[:, None])))(logits, jnp.asarray(labels))
     alone = jax.jit(lambda z, y: sums.row_stats(Options(), sums.Rows(z, y[:, None])))(logits, jnp.asarray(labels))
     by_probs = jax.jit(lambda z, t: sums.row_stats(more, sums.Rows(z, probs=t)))(logits, probs)
+    probs_alone = jax.jit(lambda z, t: sums.row_stats(Options(), sums.Rows(z, probs=t)))(logits, probs)
     z = np.asarray(logits).astype(np.float64)
     exact = oracle.softmax(z)
     rest = np.expm1(exact.log_sum)
@@ -95,7 +96,8 @@ def test_sums_of_every_length(rng, v, dtype):
     sure = labels == np.argmax(z, -1)
     for stats in by_label, alone:
         assert_within(stats.rest, rest, of_sums * np.where(sure, rest, 1 + rest) + rounded, "rest, label")
-    assert_within(by_probs.rest, rest, of_sums * rest + rounded, "rest, maximum")
+    for stats in by_probs, probs_alone:
+        assert_within(stats.rest, rest, of_sums * rest + rounded, "rest, maximum")
     assert_within(by_label.picked[:, 0], z[np.arange(n), labels], np.zeros(n), "picked")
     t = np.asarray(probs, np.float64)
     for name, got, terms in (
@@ -103,10 +105,31 @@ def test_sums_of_every_length(rng, v, dtype):
         ("smoothing", by_probs.smoothing.sum, exact.below),
         ("target", by_probs.target.sum, t * exact.below),
         ("mass", by_probs.target.mass, t),
+        ("target", probs_alone.target.sum, t * exact.below),
+        ("mass", probs_alone.target.mass, t),
         ("spread", by_probs.spread, e * exact.below),
     ):
         assert_within(got, terms.sum(-1), of_sums * terms.sum(-1) + EPS * (e * exact.below**2).sum(-1), name)
     chex.assert_trees_all_equal(by_label.smoothing.mass, jnp.full(n, v, jnp.float32))
+
+
+@pytest.mark.parametrize("v", [10, 1000])  # 1000 are added up in groups
+def test_weighted_sums_beside_what_is_not_finite(v):
+    """0 times anything is 0; what else there is counts, however small its probability."""
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    z, t = np.zeros((10, v), np.float32), np.zeros((10, v), np.float32)
+    t[:, 1], z[:, 2] = 1, -np.inf
+    t[1, 2], t[2, 2], t[3, 2] = 0.1, tiny, -0.1
+    z[4, 3], t[4, 3] = -3e38, tiny
+    z[5, 3], t[5, 3] = -3e38, -0.5
+    t[6, 3], t[7, 3] = np.nan, np.inf
+    z[8] = -np.inf
+    z[9, 3] = np.nan
+    stats = jax.jit(lambda z, t: sums.row_stats(Options(), sums.Rows(z, probs=t)))(z, t)
+    expected = [0, np.inf, np.inf, -np.inf, tiny * 3e38, -1.5e38, np.nan, np.nan, np.inf]
+    np.testing.assert_allclose(stats.target.sum[:9], expected, rtol=2 * EPS)
+    np.testing.assert_allclose(stats.target.mass, t.astype(np.float64).sum(-1), rtol=2 * EPS)
+    assert np.isnan(stats.rest[9])
 
 
 ROWS = (517, 2053)  # about a million numbers: in one piece it would be no chunk at all
