@@ -135,6 +135,14 @@ class Case:
 
 def draw(seed: int, index: int) -> Case:
     rng = np.random.default_rng([seed, index])
+    case = draw_arguments(rng)
+    if case.function == "linear":
+        _draw_method(case, rng)
+    return case
+
+
+def draw_arguments(rng: np.random.Generator) -> Case:
+    """A case but for how a linear loss is computed, which takes plans to draw."""
 
     def pick(*choices: Any, p: Any = None) -> Any:
         return choices[rng.choice(len(choices), p=None if p is None else np.array(p) / np.sum(p))]
@@ -405,25 +413,28 @@ def draw(seed: int, index: int) -> Case:
             case.placement[name] = pick("spec", "replicated", "no", p=[60, 20, 20])
         case.placement |= dict.fromkeys(MAIN[function][:2], "spec")
         case.placement["axes"] = pick("b", "v", "bv", p=[30, 20, 50])
-    if linear:
-        stores = reduction != "none" and transform != "symbolic" and "teacher_indices" not in data
-        modes = [None, "recompute"] + ["store"] * stores
-        if (mode := pick(*modes)) is not None:
-            constants["mode"] = mode
-        if mesh is None and transform != "symbolic" and N:
-            choice = pick("default", "budget", "blocks") if not form else "default"
-            if choice == "budget":
-                constants["memory_budget"] = budget(case, rng)
-            elif choice == "blocks":  # of a few tokens or classes, which no budget leads to
-                plan = planned(case, None)
-                block_n, block_v = (int(rng.integers(1, n + 1)) for n in (N, V))
-                constants["plan"] = dataclasses.replace(plan, block_n=block_n, block_v=block_v)
-                constants.pop("mode", None)
-        if linear and _kernels_take(case) and maybe(0.6):
-            for name in ("mode", "memory_budget", "plan"):
-                constants.pop(name, None)
-            constants["implementation"] = "pallas_tpu"
     return case
+
+
+def _draw_method(case: Case, rng: np.random.Generator) -> None:
+    N, constants = math.prod(case.batch), case.constants
+    stores = constants.get("reduction", "none") != "none" and case.transform != "symbolic"
+    modes = [None, "recompute"] + ["store"] * (stores and "teacher_indices" not in case.data)
+    if (mode := modes[rng.choice(len(modes))]) is not None:
+        constants["mode"] = mode
+    if case.mesh is None and case.transform != "symbolic" and N:
+        choice = ("default", "budget", "blocks")[rng.choice(3)] if not case.form else "default"
+        if choice == "budget":
+            constants["memory_budget"] = budget(case, rng)
+        elif choice == "blocks":  # of a few tokens or classes, which no budget leads to
+            plan = planned(case, None)
+            block_n, block_v = (int(rng.integers(1, n + 1)) for n in (N, case.V))
+            constants["plan"] = dataclasses.replace(plan, block_n=block_n, block_v=block_v)
+            constants.pop("mode", None)
+    if _kernels_take(case) and rng.random() < 0.6:
+        for name in ("mode", "memory_budget", "plan"):
+            constants.pop(name, None)
+        constants["implementation"] = "pallas_tpu"
 
 
 def _kernels_take(case: Case) -> bool:

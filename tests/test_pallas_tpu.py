@@ -30,7 +30,6 @@ N, V = 300, 700  # which no block divides: two blocks of tokens and five of clas
 # --- exactness --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.every_case
 @pytest.mark.parametrize(
     ("kind", "vocab_axis", "stored", "aux"), pairwise(["index", "sparse"], (0, 1), STORED, [False, True])
 )
