@@ -44,7 +44,7 @@ class Cell:
 
 
 CELLS = [
-    Cell("bar", 4096, 512, 50304),
+    Cell("bar", 4096, 512, 50304, rounds=7),
     *(Cell("sweep", n, 512, v) for n in (1024, 4096) for v in (8192, 32768, 131072)),
     Cell("sweep", 1024, 512, 262144),
     *(Cell("small", *shape, rounds=7) for shape in [(2048, 128, 4096), (512, 256, 8192), (1024, 512, 10000)]),
@@ -196,7 +196,7 @@ def measured(cell: Cell, seconds: float) -> dict[str, Any]:
                 raise
             figures[name] = {"missing": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
             runs.pop(name, None)
-    times = measure.interleaved(runs, seconds, least=cell.rounds, warm_up=0 if cell.rounds < 7 else 1)
+    times = measure.interleaved(runs, seconds, least=cell.rounds, warm_up=int(cell.group == "small"))
     for name, values in times.items():
         figures[name]["median_ms"] = float(np.median(values)) * 1e3
         figures[name]["rounds"] = len(values)
