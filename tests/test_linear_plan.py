@@ -113,6 +113,17 @@ def test_a_budget_is_kept(budget, reduction):
     assert program.memory_analysis().temp_size_in_bytes <= budget
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize("budget", [21_000_000, 30_000_000])
+def test_predicted_memory_beside_a_large_kernel(budget):
+    """What a block of tokens adds to its gradient takes as much as it; the sum of float32 is the gradient itself."""
+    arrays, chosen = shapes(1000, 512, 8000), {"reduction": "mean", "mode": "store", "memory_budget": budget}
+    plan = plan_linear_cross_entropy(*arrays, **chosen)
+    needed = compiled_temp_bytes(arrays, **chosen)
+    assert plan.block_n < 1000
+    assert needed <= plan.temp_bytes <= min(budget, 2.5 * needed)
+
+
 def test_a_budget_that_is_too_small():
     arrays = shapes(1000, 64, 30011)
     with pytest.raises(ValueError, match=r"memory_budget: expected at least [\d,]+ bytes .*; got 1,000\.") as error:
