@@ -15,11 +15,12 @@ from 0.75 on all of it is high. If both together are below 1.5 then the maximum 
 `rest`; otherwise it is Σ low + (Σ high − 1), and Σ high − 1 is 0 or no smaller than what it could be off.
 
 **On CPU** XLA is fast where it adds up what is in memory, or a plain expression of it, through a library kernel, and
-slow where it has to select what it adds up. So the classes of a row are added up in groups, all but that of the class
-left out are plain. Elsewhere the exponentials are written to memory, and the one at the label is set to 0 there; in
-chunks of rows that stay in the cache that costs hardly anything. If a gradient is wanted and will be as large as they
-are, they are written where the gradient will be: it is computed from them in place. Chunks would be gathered on one
-device if the rows are on several, which is known when a program is lowered: then it is the form of the other platforms.
+slow where it has to select what it adds up. So the classes of a row are added up in groups, of which all but that of
+the class left out are plain. Elsewhere the exponentials are written to memory, and the one at the label is set to 0
+there; in chunks of rows that stay in the cache that costs hardly anything. If a gradient is wanted and will be as large
+as they are, they are written where the gradient will be: it is computed from them in place. Chunks would be gathered on
+one device if the rows are on several, which is known when a program is lowered: then it is the form of the other
+platforms.
 """
 
 from __future__ import annotations

@@ -387,8 +387,8 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
         logits += p.N * p.V  # the gradient of narrow probabilities is written in the working dtype first
     same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
     of_block = costs.block_bytes(p, platform, rows, block_v)
-    if platform == "cpu" and block_v == p.V and p.hidden == p.kernel == p.working:  # else it is counted already
-        sums += p.D * p.V * p.working.itemsize  # what these tokens add to dkernel
+    if platform == "cpu" and block_v == p.V and p.hidden == p.kernel == p.working:
+        sums += p.D * p.V * p.working.itemsize  # what these tokens add to dkernel; otherwise block_bytes counts it
     return (logits + same_tokens) * p.working.itemsize + sums + of_block + costs.row_bytes(p, platform)
 
 
