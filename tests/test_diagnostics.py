@@ -526,6 +526,23 @@ def test_the_ticks_of_losses_can_be_read(losses):
     assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes)), [label.get_text() for label in shown]
 
 
+def test_no_legend_covers_what_it_explains():
+    """Whatever the model: here it is right nine times in ten, and less sure than that, from guessing up."""
+    agg = pytest.importorskip("matplotlib.backends.backend_agg")
+    sure = np.repeat(np.linspace(0.11, 0.99, 30), 10)[:, None]
+    logits = np.log(np.concatenate([sure, np.repeat((1 - sure) / 9, 9, axis=1)], -1))
+    found = diagnostics.report(logits, np.tile(np.arange(10) == 0, 30).astype(int))
+    figure = found.plot()
+    agg.FigureCanvasAgg(figure).draw()
+    reliability, histogram, _ = figure.axes
+    covered = reliability.get_legend().get_window_extent()
+    points = reliability.lines[-1].get_xydata()
+    assert len(points) > 10
+    assert not any(covered.contains(*point) for point in reliability.transData.transform(points))
+    covered = histogram.get_legend().get_window_extent()
+    assert not any(covered.overlaps(bar.get_window_extent()) for bar in histogram.patches)
+
+
 def test_plots_what_is_not_finite(tmp_path):
     pytest.importorskip("matplotlib")
     for bad in (jnp.nan, -jnp.inf):

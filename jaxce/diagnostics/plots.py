@@ -39,12 +39,13 @@ def _reliability(axes: Any, report: Any) -> None:
     axes.plot(confidence[some], accuracy[some], "o-", color=RIGHT, label="model")
     axes.set(
         xlim=(0, 1),
-        ylim=(0, 1),
+        ylim=(0, 1.3),  # room for the legend
+        yticks=np.linspace(0, 1, 6),
         xlabel="confidence",
         ylabel="accuracy of the bin",
         title=f"Reliability: expected calibration error {report.expected_calibration_error:.3f}",
     )
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper center", ncols=2)
 
 
 def _histogram(axes: Any, report: Any) -> None:
