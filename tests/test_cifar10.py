@@ -242,29 +242,59 @@ def test_flip_mirrors_the_images_it_is_told_to():
     np.testing.assert_array_equal(networks.flip(images, flipped)[::3], images[::3, :, ::-1])
 
 
-def test_crop_shifts_each_image_by_up_to_a_sixteenth():
-    rows, columns = np.mgrid[0:32, 0:32]
-    images = np.broadcast_to(np.stack([rows, columns], -1), (300, 32, 32, 2)).astype(np.int32)
-    cropped = np.asarray(networks.random_crop(jax.random.key(0), images))
+def test_crops_of_full_size_shift_each_image_by_up_to_an_eighth():
+    rows, columns = np.mgrid[0:16, 0:16]
+    images = np.broadcast_to(np.stack([rows, columns], -1), (300, 16, 16, 2)).astype(np.int32)
+    cropped = np.asarray(networks.random_crop(jax.random.key(0), images, 16))
     assert cropped.shape == images.shape
-    shifts = cropped[:, 16, 16] - 16
+    shifts = cropped[:, 8, 8] - 8
     assert {tuple(shift) for shift in shifts} == {(i, j) for i in range(-2, 3) for j in range(-2, 3)}
-    inner = images[:, 2:30, 2:30] + shifts[:, None, None, :]
-    np.testing.assert_array_equal(cropped[:, 2:30, 2:30], inner)
+    inner = images[:, 2:14, 2:14] + shifts[:, None, None, :]
+    np.testing.assert_array_equal(cropped[:, 2:14, 2:14], inner)
+
+
+def test_small_crops_are_squares_from_anywhere_in_the_image():
+    rows, columns = np.mgrid[0:8, 0:8]
+    images = np.broadcast_to(np.stack([rows, columns], -1), (300, 8, 8, 2)).astype(np.int32)
+    cropped = np.asarray(networks.random_crop(jax.random.key(0), images, 5))
+    corners = cropped[:, 0, 0]
+    assert {tuple(corner) for corner in corners} == {(i, j) for i in range(4) for j in range(4)}
+    np.testing.assert_array_equal(cropped, images[:, :5, :5] + corners[:, None, None, :])
+
+
+def test_the_first_epochs_of_the_full_recipe_see_small_crops():
+    digits = datasets.load_digits().first(256, 100)
+    larger = dataclasses.replace(digits, train_images=np.zeros((256, 32, 32, 3), np.uint8))
+    settings = make_settings(recipe="full", epochs=10)
+    trainer = training.Trainer(larger, settings)
+    assert [trainer.side(epoch) for epoch in range(1, 11)] == [24] * 7 + [32] * 3
+    trainer.data = digits  # 8 x 8, and the network halves them three times
+    assert {trainer.side(epoch) for epoch in range(1, 11)} == {8}
+    demo = training.Trainer(larger, make_settings(recipe="demo", epochs=10))
+    assert {demo.side(epoch) for epoch in range(1, 11)} == {32}
 
 
 def test_the_first_layer_makes_inputs_uncorrelated():
-    """Of pixels that are much alike it makes numbers of mean square 1 that are not, each beside its negative."""
+    """Of pixels that are much alike it makes numbers that are not, each beside its negative.
+
+    Their mean squares are 1, but for the share of 0.03 in what varies little.
+    """
     rng = np.random.default_rng(0)
     images = rng.normal(128, 40, (50, 8, 8, 1)) + rng.normal(0, 10, (50, 8, 8, 3))
     images = images.clip(0, 255).astype(np.uint8)
-    filters = networks.whitening_filters(images, 2, 7)
+    filters = networks.whitening_filters(images, 2, 7, 0.03)
     assert filters.shape == (2, 2, 3, 14)
     layout = ("NHWC", "HWIO", "NHWC")
     out = jax.lax.conv_general_dilated(networks.scaled(images), filters, (1, 1), "VALID", dimension_numbers=layout)
     out = np.asarray(out).reshape(-1, 14)
-    # The 5e-4 under the root takes from each variance its share of it, at most 0.04 of variances above 0.0125.
-    np.testing.assert_allclose(out[:, :7].T @ out[:, :7] / len(out), np.eye(7), atol=0.04)
+    same = np.eye(12, dtype=np.float32).reshape(2, 2, 3, 12)
+    patches = jax.lax.conv_general_dilated(networks.scaled(images), same, (1, 1), "VALID", dimension_numbers=layout)
+    variances = np.linalg.svd(np.asarray(patches, float).reshape(-1, 12), compute_uv=False)[:7] ** 2 / len(out)
+    assert variances.max() > 1
+    assert variances.min() < 0.03
+    # The filters come from a 12 x 12 matrix of float32 whose error is divided by what the filters divide by, squared.
+    atol = 12 * EPS * variances.max() / (variances.min() + 0.03)
+    np.testing.assert_allclose(out[:, :7].T @ out[:, :7] / len(out), np.diag(variances / (variances + 0.03)), atol=atol)
     np.testing.assert_array_equal(out[:, 7:], -out[:, :7])
     first = filters[..., 0] / np.abs(filters[..., 0]).max()  # the component that varies most: colours together
     assert (np.sign(first) == np.sign(first[:, :, :1])).all()
