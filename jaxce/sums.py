@@ -140,10 +140,13 @@ def effective(options: Options, rows: Rows) -> Array:
 
 
 def smoothing_distribution(like: Array, dtype: DTypeLike, weights: Array | None, where: Array | None) -> Array:
-    """The (unnormalised) weight that smoothing gives each class, shaped and sharded as `like`."""
+    """The (unnormalised) weight that smoothing gives each class, shaped and sharded as `like`.
+
+    Under `jax.vmap` over class weights alone these have a batch that `like` has not: then it has theirs.
+    """
     v = jnp.ones_like(like, dtype)
     if weights is not None:
-        v = v * jnp.broadcast_to(weights, like.shape)
+        v = v * jnp.broadcast_to(weights, jnp.broadcast_shapes(weights.shape, like.shape))
     return v if where is None else v * where.astype(dtype)
 
 

@@ -70,12 +70,16 @@ def mean_and_gradient(arrays):
     return jax.value_and_grad(loss)(arrays["logits"])
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(
     "mapped", ["logits", "targets", "class_weights", "label_smoothing", "z_loss", "weights", "where", "all"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_vmap_is_a_loop(kind, mapped, rng):
-    """Over each argument alone, the others being the same for all, and over all of them."""
+def test_vmap_is_a_loop(kind, mapped, devices, rng):
+    """Over each argument alone, the others being the same for all, and over all of them.
+
+    On several devices sums take the form of GPUs and TPUs.
+    """
     many, one = arguments(rng, kind)
     # A target on a class that takes no part makes the loss infinite: fine for a value, no use for comparing gradients.
     if kind != "index" or mapped == "targets":
@@ -90,7 +94,9 @@ def test_vmap_is_a_loop(kind, mapped, rng):
     arrays = {name: many[name] if name in names else one[name] for name in one}
 
     axes = {name: 0 if name in names else None for name in arrays}
-    value, grad = jax.jit(jax.vmap(mean_and_gradient, in_axes=(axes,)))(arrays)
+    mesh = jax.make_mesh((devices,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    placed = jax.device_put(arrays, jax.sharding.NamedSharding(mesh, P()))
+    value, grad = jax.jit(jax.vmap(mean_and_gradient, in_axes=(axes,)))(placed)
     for m in range(M):
         row = {name: jax.tree.map(operator.itemgetter(m), x) if name in names else x for name, x in arrays.items()}
         wanted, wanted_grad = mean_and_gradient(row)
