@@ -319,6 +319,16 @@ def test_linear_loss(rng, split, kind, mode):
         oracle.assert_within(grads[name], value, relative * (size + np.abs(per_row[0]).sum() * 8), name)
 
 
+@pytest.mark.parametrize(("vocab_axis", "shape", "spec"), [(-1, (3, 32), P(None, "v")), (-2, (32, 3), P("v", None))])
+def test_classes_on_an_axis_counted_from_the_end(vocab_axis, shape, spec):
+    mesh = mesh_of(2, 4, names=("d", "v"), kind=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        h = jax.device_put(np.ones((8, 3), np.float32), jax.sharding.NamedSharding(mesh, P("d")))
+        k = jax.device_put(np.ones(shape, np.float32), jax.sharding.NamedSharding(mesh, spec))
+        loss = functools.partial(linear_cross_entropy, vocab_axis=vocab_axis)
+        assert jax.eval_shape(loss, h, k, np.zeros(8, np.int32)).shape == (8,)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_frozen_trunk_exchanges_no_gradient_of_hidden_states(rng, mode):
     args = linear_arguments(rng, "index", v=32)

@@ -767,6 +767,19 @@ def test_blocks_without_used_tokens_are_left_out(rng):
     assert len(inside) == 2  # whole blocks, and the one that is left
 
 
+def test_tokens_are_moved_only_where_blocks_may_be_left_out(rng):
+    """Not where all are used, and not where a mask or probabilities [N, V] would be moved with them.
+
+    A token of weight 0 is used where the gradient in its weight is asked for, as it is here.
+    """
+    mask = np.ones((N, V), bool)
+    cases = [("index", {}, 0), ("index", {"ignore_index": -1}, 1), ("index", {"ignore_index": -1, "where": mask}, 0)]
+    for kind, options, sorts in [*cases, ("probs", {}, 0)]:
+        with blocks("store", 4, V):
+            found = equations(traced(fused, arguments(rng, kind), reduction="mean", **options))
+        assert [eqn.primitive.name for eqn in found].count("sort") == sorts
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_precision_reaches_every_matmul(rng, mode):
     args = arguments(rng)

@@ -42,6 +42,10 @@ def shapes(n: int, d: int, v: int, dtype=jnp.float32, kind: str = "index", vocab
     return jax.ShapeDtypeStruct((n, d), dtype), jax.ShapeDtypeStruct(kernel, dtype), targets
 
 
+def problem(*arrays, **options):
+    return jaxce.linear.problem_of(**dict(zip(("hidden", "kernel", "targets"), arrays, strict=True)), **options)
+
+
 def compiled_temp_bytes(arrays, **options) -> int:
     def loss(hidden, kernel, targets):
         return linear_cross_entropy(hidden, kernel, targets, **options)
@@ -136,6 +140,57 @@ def test_a_budget_that_is_too_small():
         )
 
 
+@pytest.mark.parametrize("kind", ON)
+def test_a_budget_that_is_too_small_for_the_chip_at_hand(kind):
+    with (
+        jax.sharding.use_abstract_mesh(ON[kind]),
+        pytest.raises(ValueError, match=r"^memory_budget: expected at least"),
+    ):
+        plan_linear_cross_entropy(*shapes(64, 32, 1000), memory_budget=1)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize(("kind", "alive"), [("index", 3), ("sparse", 3), ("probs", 5)])
+def test_arrays_of_capped_logits(kind, alive):
+    """Logits, the capped ones, their gradient; beside probabilities also a block of those, and their logarithms."""
+    assert problem(*shapes(8, 4, 16, kind=kind), logit_softcap=5.0).arrays == alive
+
+
+def test_what_belongs_to_classes_is_counted():
+    """Of each class four numbers: bias, class weight and their gradients; and hardly more for one token."""
+    V = 10**6
+    assert 4 * 4 * V <= costs.row_bytes(problem(*shapes(1, 1, V)), "cpu") < 4 * 4 * V + 66_000
+
+
+def test_what_a_plan_of_blocks_of_tokens_counts():
+    """A block's part of probabilities or of a mask; and logits beside their gradient where blocks may be left out."""
+
+    def temp_bytes(kind="index", **options):
+        plan = plan_linear_cross_entropy(*shapes(N, 64, 8000, kind=kind), reduction="mean", mode="store", **options)
+        assert plan.block_n == 1024
+        return plan.temp_bytes
+
+    block = 1024 * 8000
+    assert temp_bytes("probs") - temp_bytes("sparse") >= 4 * block
+    by_class, by_token = (
+        temp_bytes(where=jax.ShapeDtypeStruct(shape, bool), label_smoothing=0.1) for shape in ((8000,), (N, 8000))
+    )
+    assert by_token - by_class >= block
+    for skipping in {"weights": np.ones(N, np.float32)}, {"ignore_index": -1}:
+        assert temp_bytes(**skipping) - temp_bytes() == 4 * block
+
+
+def test_an_unknown_number_of_tokens_gets_the_blocks_of_many():
+    (n,) = jax.export.symbolic_shape("n")
+    plan = plan_linear_cross_entropy(*shapes(n, 64, 8000), reduction="mean")
+    assert (plan.mode, plan.block_v) == ("recompute", 2**22 // 8192)
+
+
+def test_sizes_near_the_preferred_one_are_tried_first():
+    tried = plans.alternatives(problem(*shapes(16384, 64, 32768), reduction="mean"), "cpu", "store", None)
+    assert [plan.block_n for plan in tried] == [1024, 2048, 512, 4096, 256, 128]
+
+
 def test_a_tight_budget_changes_the_mode():
     """Before its blocks of tokens get so small that adding up dkernel takes the time."""
     arrays = shapes(1000, 8, 100_003)
@@ -156,10 +211,7 @@ def test_allowed_memory_is_used_on_tpu():
             budget: plan_linear_cross_entropy(*arrays, reduction="mean", memory_budget=budget)
             for budget in (None, 10**10, 15 * 10**9, 2 * 10**10)
         }
-        problem = jaxce.linear.problem_of(
-            **dict(zip(("hidden", "kernel", "targets"), arrays, strict=True)), reduction="mean"
-        )
-        tried = plans.alternatives(problem, "tpu", None, None)
+        tried = plans.alternatives(problem(*arrays, reduction="mean"), "tpu", None, None)
         assert plan_linear_cross_entropy(*arrays, reduction="mean", mode="store").block_n <= 1024
     assert [p.mode for p in plan.values()] == ["recompute", "recompute", "store", "store"]
     assert [(p.block_n, p.block_v) for p in plan.values()][2:] == [(4096, 131072), (8192, 131072)]

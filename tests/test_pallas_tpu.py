@@ -21,6 +21,7 @@ from tests.test_linear import (
     arguments,
     assert_near_the_oracle,
     dense,
+    equations,
     fused,
     outputs_and_gradients,
     random_cotangents,
@@ -177,6 +178,16 @@ def plain(implementation, args, hidden, kernel, **options):
     return jaxce.linear_cross_entropy(
         hidden, kernel, args["targets"], bias=args["bias"], implementation=implementation, **options
     )
+
+
+def test_every_product_in_the_kernels_is_of_narrow_factors(rng):
+    args = arguments(rng, "index", (N,), v=5 * 128)  # nothing is left for the other way
+    arrays = [args[name].astype(jnp.bfloat16) for name in ("hidden", "kernel")]
+    with interpreted():
+        gradient = jax.grad(functools.partial(plain, "pallas_tpu", args, reduction="sum"), (0, 1))
+        found = [e for e in equations(jax.make_jaxpr(gradient)(*arrays).jaxpr) if e.primitive.name == "dot_general"]
+    assert len(found) == 4
+    assert {x.aval.dtype for e in found for x in e.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("transform", ["vmap", "second derivatives", "scan"])
