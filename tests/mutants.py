@@ -232,7 +232,7 @@ def to_run(file: str, names: list[str] | None) -> list[str]:
 
 def copy_tree(tree: pathlib.Path) -> None:
     for name in ("jaxce", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
 
 
