@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.serialization import serializable
-from jaxce.sharding import explicitly_sharded, sum_over
+from jaxce.sharding import sum_over
 from jaxce.stats import Terms, times
 from jaxce.targets import class_weight_at, entry_probs, nan_where_unknown
 
@@ -70,13 +70,22 @@ def who_counts(
         counted &= classes > 0
     if options.ignore_index is not None:
         counted &= jnp.any(examples.indices != options.ignore_index, -1)
-    weight, unused = jnp.ones_like(like), ~counted
+    weight = jnp.ones_like(like) if examples.weights is None else jnp.broadcast_to(examples.weights, like.shape)
+    weight = jnp.where(counted, weight, jnp.zeros_like(weight))
+    unused = ~counted if examples.weights is None else weight == 0
+    counts = Counts(classes, counted, weight, unused)
     if shared.class_weights is not None:
-        weight = _class_weight_of_examples(options, examples, shared.class_weights)
-    if examples.weights is not None:
-        own = jnp.broadcast_to(examples.weights, like.shape)
-        weight, unused = own * weight, unused | (own == 0)
-    return Counts(classes, counted, jnp.where(counted, weight, jnp.zeros_like(weight)), unused)
+        of_class = _class_weight_of_examples(options, without_trace(examples, counts), shared.class_weights)
+        counts = counts._replace(weight=jnp.where(counted, weight * of_class, jnp.zeros_like(weight)))
+    return counts
+
+
+def without_trace(examples: Examples, counts: Counts) -> Examples:
+    """The same, but 0 for probabilities of unused rows that are not finite: 0·NaN would reach what rows share."""
+    if (probs := examples.probs) is None:
+        return examples
+    gone = counts.unused[..., None] & ~jnp.isfinite(probs)
+    return examples._replace(probs=jnp.where(gone, jnp.zeros_like(probs), probs))
 
 
 def compose(
@@ -100,7 +109,11 @@ def compose(
     """
     like = terms.log_normalizer
     dtype, ones = like.dtype, jnp.ones_like(like)
-    weights = ones if examples.weights is None else ones * jnp.broadcast_to(examples.weights, like.shape)
+    weights = ones
+    if examples.weights is not None:
+        weights = jnp.where(counts.counted, jnp.broadcast_to(examples.weights, like.shape), ones)
+    if examples.indices is not None:
+        examples = without_trace(examples, counts)
     terms = jax.tree.map(lambda x: zero_if_too_large(x, counts.unused), terms)
 
     if examples.indices is None:
@@ -155,9 +168,7 @@ def _class_weight_of_examples(options: Options, examples: Examples, class_weight
         return jnp.sum(_weighted_entries(options, examples.indices, examples.probs, class_weights), -1)
     assert examples.probs is not None  # targets are either indices or probabilities
     probs = examples.probs.astype(class_weights.dtype)
-    if explicitly_sharded(probs):  # a product over a sharded axis would have to be told how its result is sharded
-        return jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1)
-    return sum_over(jnp.matmul(probs, class_weights, precision="highest"), options.axis_name)
+    return sum_over(jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1), options.axis_name)
 
 
 def reduce(options: Options, loss: Array, counts: Counts) -> Array:

@@ -42,7 +42,16 @@ from jaxce.sharding import mask_like, shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finite, merge_shards, tempered, working_dtype
 from jaxce.sums import Rows, effective, row_stats
 from jaxce.targets import SparseTargets, Targets, checked_sparse, is_class
-from jaxce.types import ArrayLike, Axis, AxisName, DivergenceName, Implementation, Reduction, takes_variables
+from jaxce.types import (
+    ArrayLike,
+    Axis,
+    AxisName,
+    DivergenceName,
+    Implementation,
+    Reduction,
+    array_of,
+    takes_variables,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +170,8 @@ def distillation_loss(
     }
     checks.one_of("tail", tail, (False, True))
     if isinstance(teacher_logits, SparseTargets):
+        _, split_batch = checks.mesh_axes(axis_name, batch_axis_name, reduction)
+        checks.split_over("logits", logits, split_batch, "examples")
         of_student = functools.partial(log_probs, logits, axis=axis)
         return top_k_loss(of_student, "teacher_logits", teacher_logits, tail, logits.shape, axes, logits.dtype, options)
     teacher_logits = checks.float_array("teacher_logits", teacher_logits)
@@ -212,21 +223,20 @@ def _loss(logits: Array, examples: Examples, *, axes: tuple[int, ...], of: Disti
 def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) -> Array:
     """The loss, from checked arguments with the classes last."""
     options, names = of.options, of.options.axis_name
-    dtype, where = _joint_dtype(*models), examples.where
+    where = examples.where
     classes = None if where is None else sum_over(class_count(where, models.student.shape), names)
-    if options.implementation == "autodiff":
-        # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
-        if where is not None:
-            models = Models(*(jnp.where(mask_like(where, z), z, jnp.zeros_like(z)) for z in models))
-        largest = Models(*(jnp.max(z, -1, keepdims=True) for z in models))
-        unused = who_counts(options, examples, Shared(), largest.student[..., 0].astype(dtype), classes).unused
-        fine = [jnp.all(jnp.isfinite(m - z), -1) for m, z in zip(largest, models, strict=True)]
-        bad = sum_over((~(fine[0] & fine[1])).astype(jnp.int32), names) > 0
-        models = Models(*(_zero_unless(~(unused & bad), z) for z in models))
+    if options.implementation == "autodiff" and where is not None:
+        models = Models(*(jnp.where(mask_like(where, z), z, jnp.zeros_like(z)) for z in models))
     rows = models, Examples(where=where, temperature=examples.temperature)
     rows = vary(rows, varying(rows))
     if options.implementation == "autodiff":
-        value = _plain(of, *rows)
+        # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
+        first = _plain(of, *jax.tree.map(lax.stop_gradient, rows))
+        fine = jnp.isfinite(first) | ~who_counts(options, examples, Shared(), first, classes).unused
+        models, rest = rows
+        if (T := rest.temperature) is not None:
+            rest = rest._replace(temperature=jnp.where(fine, T, jnp.ones_like(T)))
+        value = _plain(of, Models(*(_zero_unless(fine, z) for z in models)), rest)
     else:
         models, rest = rows
         student, rest = reverse_mode_only((models.student, rest))
@@ -307,16 +317,20 @@ def top_k_loss(
     unknown = counts.unused[..., None] & ~is_class(indices, num_classes)
     idle = ~counts.counted[..., None] | (probs == 0) | unknown
     ids = jnp.where(idle, jnp.full_like(indices, _IDLE), jnp.maximum(indices, -1))
-    kept = "where", "logit_softcap", "temperature", "axis_name", "implementation"
-    log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **{name: options[name] for name in kept})
-    loss: Array = _of_top_k(ids, probs, log_q, aux.tail, examples, counts, of=of, tail=tail)
+    given = {name: options[name] for name in ("where", "logit_softcap", "temperature", "axis_name", "implementation")}
+    if (T := examples.temperature) is not None:
+        given["temperature"] = jnp.where(counts.unused & jnp.isnan(T), jnp.ones_like(T), T)
+    log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **given)
+    epsilon = max(float(jnp.finfo(x).eps) for x in (probs.dtype, jnp.asarray(array_of(teacher.probs)).dtype))
+    rounding = min(16 * epsilon, _MOST - 1)
+    loss: Array = _of_top_k(ids, probs, log_q, aux.tail, examples, counts, of=of, tail=tail, rounding=rounding)
     return loss
 
 
 _IDLE = -2  # no class, and not the number of other indices that are none
 
 
-@functools.partial(jax.jit, static_argnames=("of", "tail"))
+@functools.partial(jax.jit, static_argnames=("of", "tail", "rounding"))
 def _of_top_k(
     ids: Array,
     p: Array,
@@ -327,13 +341,18 @@ def _of_top_k(
     *,
     of: Distillation,
     tail: bool,
+    rounding: float,
 ) -> Array:
+    """rounding: what the teacher's probabilities may lack of 1 if they are all there are."""
     first = ~(repeated_entries(ids) | (ids == _IDLE))
     p = jnp.where(first, jnp.sum(jnp.where(same_entries(ids), p[..., None, :], 0), -1), 0)  # of a class given twice
     log_q = jnp.where(first | jnp.isnan(log_q), log_q, -jnp.inf)
     mass = jnp.sum(p, -1)
     rest = jnp.maximum(_left_of_one(p), 0) if tail else jnp.zeros_like(mass)
-    rest = jnp.where(mass > _MOST, jnp.nan, rest) if tail else rest
+    if tail:
+        rest = jnp.where(mass > _MOST, jnp.nan, rest)
+        # Of no other class.
+        rest = jnp.where((log_rest == -jnp.inf) & (rest <= rounding), 0, rest)
     p, log_q = (jnp.concatenate([x, y[..., None]], -1) for x, y in ((p, rest), (log_q, log_rest)))
     divergence = functools.partial(divergence_of_log_probs, of.divergence, whole=tail)
     first_value = divergence(lax.stop_gradient(log_q), p)
@@ -408,6 +427,8 @@ def gradient_of_classes(
     """In the student's logits of these classes, and what these classes add to that in the temperature."""
     logits, temperature = models.student, examples.temperature
     sides, row, kept, scale = of_rows
+    if temperature is not None:  # of a row on which nothing depends it may be NaN
+        temperature = jnp.where(kept, temperature, jnp.ones_like(temperature))
     pair = compare(_effective(of, models, examples, kept), sides, temperature)
     student = gradient(of.divergence, pair, row)
     dz, dtemperature = scale[..., None] * student, None

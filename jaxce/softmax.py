@@ -18,7 +18,7 @@ from jaxce.gradient import factors, gradient, without_unused_tail
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import mask_like, on_this_device, shard_count, shard_start, sum_over, vary, varying
+from jaxce.sharding import on_this_device, shard_count, shard_start, sum_over, vary, varying
 from jaxce.stats import RowStats, Terms, finish, finite, merge_argmax, merge_shards, working_dtype
 from jaxce.sums import Rows, effective, row_stats, rows_of
 from jaxce.targets import Targets
@@ -273,13 +273,6 @@ class RowsOfLogits(NamedTuple):
 def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: Shared) -> RowsOfLogits:
     axes, V = options.axis_name, logits.shape[-1]
     classes = None if examples.where is None else sum_over(class_count(examples.where, logits.shape), axes)
-    if options.implementation == "autodiff":
-        # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
-        largest = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
-        counts = who_counts(options, examples, shared, largest, classes)
-        bad = ~jnp.all(jnp.isfinite(jnp.max(logits, -1, keepdims=True) - logits), -1)
-        bad = sum_over(bad.astype(jnp.int32), axes) > 0
-        logits = jnp.where((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits)
     if examples.temperature is not None:
         largest = jnp.max(effective(options, Rows(logits, where=examples.where)), -1)
         largest = lax.stop_gradient(largest.astype(working_dtype(logits.dtype)))
@@ -290,21 +283,47 @@ def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: 
         own = own._replace(indices=on_this_device(own.indices, V, axes))
     rows = logits, own, own_shared
     rows = vary(rows, varying(rows))
-    terms_of: Callable[..., Terms] = autodiff.terms
-    if options.implementation != "autodiff":
+    terms_of: Callable[..., Terms]
+    if options.implementation == "autodiff":
+        terms_of = autodiff.terms
+        first = terms_of(options, *jax.tree.map(lax.stop_gradient, rows))
+        counts = who_counts(options, examples, shared, first.log_normalizer, classes)
+        rows = _without_bad(counts.unused & ~_all_finite(first), *rows)
+    else:
         terms_of, rows = softmax_terms, reverse_mode_only(rows)
     terms = terms_of(options, *rows)
     if examples.temperature is not None and examples.offset is not None:
-        terms = terms._replace(log_normalizer=terms.log_normalizer + examples.offset / examples.temperature)
+        # NaN is in the log-normalizer already, and must not turn a cotangent of 0 into NaN.
+        temperature = jnp.where(jnp.isnan(examples.temperature), 1, examples.temperature)
+        terms = terms._replace(log_normalizer=terms.log_normalizer + examples.offset / temperature)
     counts = who_counts(options, examples, shared, terms.log_normalizer, classes)
     unweighted = prediction = None
     if (without := of_nll(options, *rows[1:])) is not None:
         unweighted = terms_of(without[0], rows[0], *without[1:]).target
     if options.return_aux:
-        z = logits if examples.where is None else jnp.where(mask_like(examples.where, logits), logits, -jnp.inf)
+        z = effective(Options(), Rows(logits, where=examples.where))
         argmax = jnp.argmax(z, -1).astype(jnp.int32) + shard_start(V, axes)
         prediction = merge_argmax(jnp.max(z, -1).astype(working_dtype(z.dtype)), argmax, axes)
     return RowsOfLogits(terms, counts, unweighted, prediction)
+
+
+def _all_finite(terms: Terms) -> Array:
+    """Of the terms that are computed for every row; the tail is −inf where there is no other class."""
+    rows = (x for x in (terms.log_normalizer, terms.target, terms.smoothing, terms.entropy) if x is not None)
+    like = terms.log_normalizer
+    finite = (jnp.isfinite(x) if x.ndim == like.ndim else jnp.all(jnp.isfinite(x), -1) for x in rows)
+    return functools.reduce(jnp.logical_and, finite)
+
+
+def _without_bad(bad: Array, logits: Array, examples: Examples, shared: Shared) -> tuple[Array, Examples, Shared]:
+    """Harmless numbers in these rows: without a rule of its own, a derivative is only kept from NaN by never
+    computing with one.
+    """
+    if (temperature := examples.temperature) is not None:
+        examples = examples._replace(temperature=jnp.where(bad, jnp.ones_like(temperature), temperature))
+    if (probs := examples.probs) is not None:
+        examples = examples._replace(probs=jnp.where(bad[..., None], jnp.zeros_like(probs), probs))
+    return jnp.where(bad[..., None], jnp.zeros_like(logits), logits), examples, shared
 
 
 # --- the primitive --------------------------------------------------------------------------------------------------

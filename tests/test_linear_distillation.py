@@ -321,6 +321,37 @@ def test_a_teacher_of_some_classes(divergence, tail, rng):
     np.testing.assert_allclose(slope, float((moved[0] - moved[1]) / (2 * step)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_teacher_of_all_classes(dtype, rng):
+    """Their probabilities do not add up to 1 by a rounding error, which is no mass of a class that is not there."""
+    z, t = (jnp.asarray(rng.normal(size=(64, 8)), jnp.float32) for _ in range(2))
+    p, ids = jax.lax.top_k(jax.nn.softmax(t), 8)
+    p = p.astype(dtype)
+    loss = jaxce.distillation_loss(z, jaxce.SparseTargets(ids, p))
+    log_p, log_q = np.log(np.asarray(p, np.float64)), np.asarray(jax.nn.log_softmax(z), np.float64)
+    log_q = np.take_along_axis(log_q, np.asarray(ids), -1)
+    wanted = np.sum(np.exp(log_p) * (log_p - log_q), -1)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5, atol=8 * float(jnp.finfo(dtype).eps))
+    short = jaxce.distillation_loss(z, jaxce.SparseTargets(ids, 0.97 * p.astype(jnp.float32)))
+    np.testing.assert_array_equal(short, np.inf)  # of a class that the student does not have
+
+
+def test_examples_that_are_not_split_over_the_axis_are_refused(rng):
+    parts, _ = models(rng, (4,), 8)
+    teacher = jaxce.SparseTargets(jnp.zeros((4, 1), int), jnp.full((4, 1), 0.5))
+
+    def dense(h, k):
+        return jaxce.distillation_loss(h @ k, teacher, batch_axis_name="d", reduction="sum")
+
+    def linear(h, k):
+        return jaxce.linear_distillation_loss(h, k, teacher, batch_axis_name="d", reduction="sum")
+
+    for loss, name in (dense, "logits"), (linear, "hidden"):
+        mapped = jax.shard_map(loss, mesh=mesh_of(2, names=("d",)), in_specs=(P(), P()), out_specs=P())
+        with pytest.raises(ValueError, match=rf"^{name}: expected this device's share"):
+            mapped(parts["hidden"], parts["kernel"])
+
+
 def test_a_near_teacher_of_some_classes(rng):
     """The digits of a small divergence are there, as of whole distributions."""
     logits = jnp.asarray(2 * rng.normal(size=(N, 9)), jnp.float32)

@@ -128,6 +128,40 @@ def test_predicted_memory_beside_a_large_kernel(budget):
     assert needed <= plan.temp_bytes <= min(budget, 2.5 * needed)
 
 
+@pytest.mark.parametrize("asked", ["loss", "gradient of an aux entry"])
+def test_predicted_memory_where_gradients_are_not_kept(asked):
+    """Mode "store" has blocks of few tokens, and takes all of them at once where there is nothing to store."""
+    n = 16384
+    arrays = shapes(n, 8, 8192)
+    plan = plan_linear_cross_entropy(*arrays, reduction="mean")
+    assert plan.mode == "store"
+    assert plan.block_n < n
+    loss = functools.partial(linear_cross_entropy, reduction="mean")
+    if asked != "loss":
+        loss = jax.grad(lambda *x: jnp.sum(linear_cross_entropy(*x, reduction="mean", return_aux=True)[1].entropy))
+        plan = plan_linear_cross_entropy(*arrays, reduction="mean", return_aux=True)
+        assert plan.mode == "store"
+    needed = jax.jit(loss).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+    assert needed <= plan.temp_bytes < plan.logits_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("mode", ["recompute", "store"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_predicted_memory_of_narrow_probabilities(weighted, mode, dtype):
+    """As which they are given, they are neither weighted nor differentiated."""
+    n, d, v = 1000, 64, 8000
+    arrays = *shapes(n, d, v, dtype)[:2], jax.ShapeDtypeStruct((n, v), jnp.bfloat16)
+    options = {"reduction": "mean", "mode": mode} | ({"class_weights": np.ones(v, np.float32)} if weighted else {})
+    smallest = 120_000_000 if weighted else 45_000_000
+    for budget in None, smallest:
+        plan = plan_linear_cross_entropy(*arrays, memory_budget=budget, **options)
+        loss = functools.partial(linear_cross_entropy, memory_budget=budget, **options)
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+        assert step.lower(*arrays).compile().memory_analysis().temp_size_in_bytes <= plan.temp_bytes
+
+
 def test_a_budget_that_is_too_small():
     arrays = shapes(1000, 64, 30011)
     with pytest.raises(ValueError, match=r"memory_budget: expected at least [\d,]+ bytes .*; got 1,000\.") as error:

@@ -428,6 +428,16 @@ def test_other_platforms_compute_it_as_without(rng):
     chex.assert_trees_all_equal(*(program(*arrays) for program in programs))
 
 
+def test_a_mask_that_is_the_same_for_all_classes(rng):
+    args = arguments(rng, "index", (N,), v=V)
+    given = {name: args[name] for name in ("hidden", "kernel", "targets")}
+    for bias in {}, {"bias": args["bias"]}:
+        loss = functools.partial(jaxce.linear_cross_entropy, **given, **bias)
+        with interpreted():
+            found = jax.jit(lambda loss=loss: loss(where=True, implementation="pallas_tpu"))()
+        np.testing.assert_allclose(found, jax.jit(loss)(), rtol=1e-5)
+
+
 def test_a_plan_of_them(rng):
     """Made for a TPU it is taken by programs for other platforms too, and by no loss that does not ask for them."""
     args = arguments(rng, "index", (N,), v=V)

@@ -104,6 +104,34 @@ def test_vmap_is_a_loop(kind, mapped, devices, rng):
         np.testing.assert_allclose(grad[m], wanted_grad, atol=RTOL * (1 + np.abs(wanted_grad).max()))
 
 
+@pytest.mark.parametrize("shape", [(3, 6), (1100, 1000)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_of_a_loss_of_one_row(kind, shape, rng):
+    """Over its logits, its temperature or its mask alone, however many there are: many are summed up in chunks."""
+    many, classes = shape
+    z, T = (2 * rng.normal(size=shape)).astype(np.float32), rng.uniform(0.5, 2, many).astype(np.float32)
+    where = (rng.random(shape) < 0.7) | (np.arange(classes) < 6)
+    one = jax.tree.map(jnp.asarray, make_targets(kind, rng, ()))
+    if kind == "probs":
+        one = jnp.asarray(rng.dirichlet(np.ones(classes)), jnp.float32)
+    each = jax.tree.map(lambda x: jnp.broadcast_to(x, (many, *x.shape)), one)
+
+    def loss(z, T, targets, **mask):
+        return softmax_cross_entropy(z, targets, temperature=T, **mask)
+
+    gradients = jax.grad(lambda z, T: jnp.sum(loss(z, T, each)), (0, 1))
+    two, same = jnp.float32(2), jnp.asarray(np.tile(z[0], (many, 1)))
+    found = jax.jit(jax.vmap(jax.value_and_grad(lambda z: loss(z, two, one))))(z)
+    np.testing.assert_allclose(found[0], loss(z, two, each), rtol=RTOL)
+    np.testing.assert_allclose(found[1], gradients(jnp.asarray(z), two)[0], rtol=1e-4, atol=1e-5)
+    found = jax.jit(jax.vmap(jax.value_and_grad(lambda T: loss(z[0], T, one))))(T)
+    np.testing.assert_allclose(found[0], loss(same, T, each), rtol=RTOL)
+    np.testing.assert_allclose(found[1], gradients(same, jnp.asarray(T))[1], rtol=1e-4, atol=1e-5)
+    if kind == "index":
+        found = jax.jit(jax.vmap(lambda m: loss(z[0], two, one, where=m)))(where)
+        np.testing.assert_allclose(found, loss(same, two, each, where=where), rtol=RTOL)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nested_vmap(kind, implementation, rng):

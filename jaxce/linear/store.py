@@ -66,7 +66,8 @@ def _recomputed_sum(
     known: recompute.Records = (None, None),
     rule: bool = True,
 ) -> tuple[Sum, recompute.Records]:
-    result, records = recompute.loss(schedules, options, *arguments, counts, known, rule)
+    cpu, tpu, other = (schedule.of_all_tokens() for schedule in schedules)
+    result, records = recompute.loss((cpu, tpu, other), options, *arguments, counts, known, rule)
     total, aux = result if isinstance(result, tuple) else (result, None)
     return (total / divisor, aux), records
 
@@ -383,8 +384,8 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     slopes = p.options.logit_softcap is not None  # of the cap, which are kept beside the logits
     if block_v == p.V and not skips and not slopes:  # the gradient takes its place
         logits = 0
-    if p.entries is None and p.hidden != p.working and platform == "cpu":
-        logits += p.N * p.V  # the gradient of narrow probabilities is written in the working dtype first
+    if p.narrow_probs:
+        logits += p.N * p.V  # their gradient
     same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
     of_block = costs.block_bytes(p, platform, rows, block_v)
     if platform == "cpu" and block_v == p.V and p.hidden == p.kernel == p.working:
