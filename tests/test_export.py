@@ -77,6 +77,10 @@ def test_value_and_gradients_after_a_round_trip(loss, kind, symbolic):
         np.testing.assert_allclose(found, wanted, rtol=64 * np.finfo(np.float32).eps, atol=1e-6)
 
 
+def nine(y):
+    return y[:, None] + jnp.arange(9)[None]
+
+
 MANY = {
     "labels": lambda z, k, y: jaxce.softmax_cross_entropy(z, y, reduction="mean"),
     "smoothed": lambda z, k, y: jaxce.softmax_cross_entropy(z, y, label_smoothing=0.1, reduction="mean"),
