@@ -70,22 +70,41 @@ def who_counts(
         counted &= classes > 0
     if options.ignore_index is not None:
         counted &= jnp.any(examples.indices != options.ignore_index, -1)
-    weight = jnp.ones_like(like) if examples.weights is None else jnp.broadcast_to(examples.weights, like.shape)
+    weight = jnp.ones_like(like)
+    if examples.weights is not None:
+        weight = weight * jnp.broadcast_to(examples.weights, like.shape)
     weight = jnp.where(counted, weight, jnp.zeros_like(weight))
     unused = ~counted if examples.weights is None else weight == 0
     counts = Counts(classes, counted, weight, unused)
     if shared.class_weights is not None:
-        of_class = _class_weight_of_examples(options, without_trace(examples, counts), shared.class_weights)
+        of_class = _class_weight_of_examples(options, usable_probs(options, examples, counts), shared.class_weights)
         counts = counts._replace(weight=jnp.where(counted, weight * of_class, jnp.zeros_like(weight)))
     return counts
 
 
-def without_trace(examples: Examples, counts: Counts) -> Examples:
-    """The same, but 0 for probabilities of unused rows that are not finite: 0·NaN would reach what rows share."""
-    if (probs := examples.probs) is None:
+# Padding holds targets normalised by 0 and temperatures of 0. Multiplied by 0, these would be NaN in what rows share.
+
+
+def usable_probs(options: Options, examples: Examples, counts: Counts) -> Examples:
+    """Of unused rows those that are not finite as 0."""
+    if (probs := examples.probs) is None or not _may_be_unused(options, examples):
         return examples
     gone = counts.unused[..., None] & ~jnp.isfinite(probs)
     return examples._replace(probs=jnp.where(gone, jnp.zeros_like(probs), probs))
+
+
+def usable_temperature(options: Options, examples: Examples, counts: Counts) -> Examples:
+    """One that is not positive, as a traced one may be, as NaN; of unused rows as 1."""
+    if (T := examples.temperature) is None:
+        return examples
+    ones = jnp.ones_like(counts.weight)
+    T = ones * jnp.broadcast_to(T, ones.shape)
+    T = T + jnp.where(T > 0, 0, jnp.nan)  # which leaves a NaN gradient NaN
+    return examples._replace(temperature=jnp.where(counts.unused & jnp.isnan(T), ones, T))
+
+
+def _may_be_unused(options: Options, examples: Examples) -> bool:
+    return not (examples.weights is None and examples.where is None and options.ignore_index is None)
 
 
 def compose(
@@ -111,9 +130,9 @@ def compose(
     dtype, ones = like.dtype, jnp.ones_like(like)
     weights = ones
     if examples.weights is not None:
-        weights = jnp.where(counts.counted, jnp.broadcast_to(examples.weights, like.shape), ones)
+        weights = jnp.where(counts.counted, ones * jnp.broadcast_to(examples.weights, like.shape), ones)
     if examples.indices is not None:
-        examples = without_trace(examples, counts)
+        examples = usable_probs(options, examples, counts)
     terms = jax.tree.map(lambda x: zero_if_too_large(x, counts.unused), terms)
 
     if examples.indices is None:

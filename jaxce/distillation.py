@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Shared, checked_options
 from jaxce.autodiff import log_sum_exp
-from jaxce.compose import Counts, compose, who_counts
+from jaxce.compose import Counts, compose, usable_temperature, who_counts
 from jaxce.divergence import (
     KINDS,
     Divergence,
@@ -38,7 +38,7 @@ from jaxce.log_probabilities import LogProbsAux, log_probs
 from jaxce.lookup import repeated_entries, same_entries
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import mask_like, shard_count, sum_over, vary, varying
+from jaxce.sharding import explicit_mesh, mask_like, place, shard_count, spec_of, sum_over, vary, varying
 from jaxce.stats import Terms, finite, merge_shards, tempered, working_dtype
 from jaxce.sums import Rows, effective, row_stats
 from jaxce.targets import SparseTargets, Targets, checked_sparse, is_class
@@ -173,7 +173,8 @@ def distillation_loss(
         _, split_batch = checks.mesh_axes(axis_name, batch_axis_name, reduction)
         checks.split_over("logits", logits, split_batch, "examples")
         of_student = functools.partial(log_probs, logits, axis=axis)
-        return top_k_loss(of_student, "teacher_logits", teacher_logits, tail, logits.shape, axes, logits.dtype, options)
+        given = of_student, "teacher_logits", teacher_logits, tail, logits.shape, axes, logits.dtype, options
+        return top_k_loss(*given, logits)
     teacher_logits = checks.float_array("teacher_logits", teacher_logits)
     if teacher_logits.shape != logits.shape:
         expected = f"the shape of logits, {logits.shape}"
@@ -225,23 +226,23 @@ def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) 
     options, names = of.options, of.options.axis_name
     where = examples.where
     classes = None if where is None else sum_over(class_count(where, models.student.shape), names)
+    like = jnp.max(models.student, -1).astype(_joint_dtype(*models))
+    counts = who_counts(options, examples, Shared(), like, classes)
+    examples = usable_temperature(options, examples, counts)
     if options.implementation == "autodiff" and where is not None:
         models = Models(*(jnp.where(mask_like(where, z), z, jnp.zeros_like(z)) for z in models))
     rows = models, Examples(where=where, temperature=examples.temperature)
     rows = vary(rows, varying(rows))
     if options.implementation == "autodiff":
         # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
-        first = _plain(of, *jax.tree.map(lax.stop_gradient, rows))
-        fine = jnp.isfinite(first) | ~who_counts(options, examples, Shared(), first, classes).unused
+        fine = jnp.isfinite(_plain(of, *jax.tree.map(lax.stop_gradient, rows))) | ~counts.unused
         models, rest = rows
-        if (T := rest.temperature) is not None:
-            rest = rest._replace(temperature=jnp.where(fine, T, jnp.ones_like(T)))
         value = _plain(of, Models(*(_zero_unless(fine, z) for z in models)), rest)
     else:
         models, rest = rows
         student, rest = reverse_mode_only((models.student, rest))
         value = row_divergence(of, models._replace(student=student), rest)
-    return composed(of, value, examples, who_counts(options, examples, Shared(), value, classes))
+    return composed(of, value, examples, counts)
 
 
 def composed(of: Distillation, value: Array, examples: Examples, counts: Counts) -> Array:
@@ -296,10 +297,11 @@ def top_k_loss(
     class_axes: Sequence[int],
     dtype: DTypeLike,
     options: dict[str, Any],
+    like: Array,
 ) -> Array:
     """The loss beside a teacher's probabilities of K classes, from a student's log-probabilities of ids and their rest.
 
-    `full` and `class_axes` are those of the student's logits, whose dtype it is.
+    `full` and `class_axes` are those of the student's logits, whose dtype it is. The batch is sharded as in `like`.
     """
     batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
     indices, probs, _ = checked_sparse(name, teacher, batch, full, dtype)
@@ -311,6 +313,11 @@ def top_k_loss(
     if examples.where is not None:
         count = jnp.sum(examples.where, tuple(class_axes), dtype=jnp.int32)
         classes = sum_over(jnp.broadcast_to(count, batch), of.options.axis_name)
+    if (mesh := explicit_mesh(like)) is not None:
+        rows = [s for i, s in enumerate(spec_of(like)) if i not in class_axes]
+        indices, probs = (place(x, mesh, (*rows, None)) for x in (indices, probs))
+        classes = None if classes is None else place(classes, mesh, rows)
+        examples = examples.by_kind(row=lambda x: place(x, mesh, rows), classes=lambda x: x)
     counts = who_counts(of.options, examples, Shared(), jnp.sum(probs, -1), classes)
     # Entries of probability 0 count for nothing, whatever their index; nor does what is no class, at a weight of 0.
     num_classes = math.prod(full[i] for i in class_axes) * shard_count(of.options.axis_name)
@@ -318,10 +325,10 @@ def top_k_loss(
     idle = ~counts.counted[..., None] | (probs == 0) | unknown
     ids = jnp.where(idle, jnp.full_like(indices, _IDLE), jnp.maximum(indices, -1))
     given = {name: options[name] for name in ("where", "logit_softcap", "temperature", "axis_name", "implementation")}
-    if (T := examples.temperature) is not None:
-        given["temperature"] = jnp.where(counts.unused & jnp.isnan(T), jnp.ones_like(T), T)
+    if isinstance(given["temperature"], jax.core.Tracer):  # any other has been looked at
+        given["temperature"] = usable_temperature(of.options, examples, counts).temperature
     log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **given)
-    epsilon = max(float(jnp.finfo(x).eps) for x in (probs.dtype, jnp.asarray(array_of(teacher.probs)).dtype))
+    epsilon = max(float(jnp.finfo(x).eps) for x in (probs.dtype, jnp.result_type(array_of(teacher.probs))))
     rounding = min(16 * epsilon, _MOST - 1)
     loss: Array = _of_top_k(ids, probs, log_q, aux.tail, examples, counts, of=of, tail=tail, rounding=rounding)
     return loss
@@ -427,8 +434,6 @@ def gradient_of_classes(
     """In the student's logits of these classes, and what these classes add to that in the temperature."""
     logits, temperature = models.student, examples.temperature
     sides, row, kept, scale = of_rows
-    if temperature is not None:  # of a row on which nothing depends it may be NaN
-        temperature = jnp.where(kept, temperature, jnp.ones_like(temperature))
     pair = compare(_effective(of, models, examples, kept), sides, temperature)
     student = gradient(of.divergence, pair, row)
     dz, dtemperature = scale[..., None] * student, None

@@ -123,7 +123,7 @@ def gradient(
             by_class = jnp.sum(taking_part(times(share, surprise)), batch)
             dweights = by_class if dweights is None else dweights + by_class
     if rows.temperature is not None:
-        dz = taking_part(dz) / jnp.where(of.dead[..., None], jnp.ones_like(rows.temperature), rows.temperature)
+        dz = taking_part(dz) / rows.temperature
         dtemperature = -jnp.sum(times(dz, z), -1)
     if options.logit_softcap is not None:
         t = jnp.tanh(_alive(of.dead, logits.astype(dtype)) / options.logit_softcap)

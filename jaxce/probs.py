@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Shared, checked
-from jaxce.compose import compose, who_counts, without_trace
+from jaxce.compose import compose, usable_probs, who_counts
 from jaxce.layout import classes_last, sharded_alike
 from jaxce.lookup import pick
 from jaxce.stats import Terms, times, working_dtype
@@ -91,7 +91,7 @@ def _loss(p: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...]
         examples = examples._replace(probs=examples.probs.astype(dtype))
     like = jnp.sum(p, -1)
     counts = who_counts(options, examples, shared, like)
-    examples = without_trace(examples, counts)
+    examples = usable_probs(options, examples, counts)
     unused = counts.unused
     slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
     valid = jnp.all((p >= 0) & (p <= 1 + slack), -1)

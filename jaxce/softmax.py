@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxce import autodiff, checks, types
 from jaxce.arguments import Examples, Options, Shared, checked, of_nll, of_terms
-from jaxce.compose import Counts, CrossEntropyAux, compose, who_counts
+from jaxce.compose import Counts, CrossEntropyAux, compose, usable_probs, usable_temperature, who_counts
 from jaxce.gradient import factors, gradient, without_unused_tail
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.on_cpu import written
@@ -273,29 +273,27 @@ class RowsOfLogits(NamedTuple):
 def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: Shared) -> RowsOfLogits:
     axes, V = options.axis_name, logits.shape[-1]
     classes = None if examples.where is None else sum_over(class_count(examples.where, logits.shape), axes)
-    if examples.temperature is not None:
+    if examples.temperature is not None or options.implementation == "autodiff":
         largest = jnp.max(effective(options, Rows(logits, where=examples.where)), -1)
         largest = lax.stop_gradient(largest.astype(working_dtype(logits.dtype)))
         largest = lax.pmax(largest, axes) if axes else largest
-        examples = examples._replace(offset=jnp.where(jnp.isfinite(largest), largest, 0))
+        counts = who_counts(options, examples, shared, largest, classes)
+        examples = usable_temperature(options, examples, counts)
+        if options.implementation == "autodiff":
+            logits, examples = _without_bad(options, logits, examples, counts, largest)
+        if examples.temperature is not None:
+            examples = examples._replace(offset=jnp.where(jnp.isfinite(largest), largest, 0))
     own, own_shared = of_terms(options, examples, shared)
     if own.indices is not None:
         own = own._replace(indices=on_this_device(own.indices, V, axes))
     rows = logits, own, own_shared
     rows = vary(rows, varying(rows))
-    terms_of: Callable[..., Terms]
-    if options.implementation == "autodiff":
-        terms_of = autodiff.terms
-        first = terms_of(options, *jax.tree.map(lax.stop_gradient, rows))
-        counts = who_counts(options, examples, shared, first.log_normalizer, classes)
-        rows = _without_bad(counts.unused & ~_all_finite(first), *rows)
-    else:
+    terms_of: Callable[..., Terms] = autodiff.terms
+    if options.implementation != "autodiff":
         terms_of, rows = softmax_terms, reverse_mode_only(rows)
     terms = terms_of(options, *rows)
     if examples.temperature is not None and examples.offset is not None:
-        # NaN is in the log-normalizer already, and must not turn a cotangent of 0 into NaN.
-        temperature = jnp.where(jnp.isnan(examples.temperature), 1, examples.temperature)
-        terms = terms._replace(log_normalizer=terms.log_normalizer + examples.offset / temperature)
+        terms = terms._replace(log_normalizer=terms.log_normalizer + examples.offset / examples.temperature)
     counts = who_counts(options, examples, shared, terms.log_normalizer, classes)
     unweighted = prediction = None
     if (without := of_nll(options, *rows[1:])) is not None:
@@ -307,23 +305,21 @@ def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: 
     return RowsOfLogits(terms, counts, unweighted, prediction)
 
 
-def _all_finite(terms: Terms) -> Array:
-    """Of the terms that are computed for every row; the tail is −inf where there is no other class."""
-    rows = (x for x in (terms.log_normalizer, terms.target, terms.smoothing, terms.entropy) if x is not None)
-    like = terms.log_normalizer
-    finite = (jnp.isfinite(x) if x.ndim == like.ndim else jnp.all(jnp.isfinite(x), -1) for x in rows)
-    return functools.reduce(jnp.logical_and, finite)
-
-
-def _without_bad(bad: Array, logits: Array, examples: Examples, shared: Shared) -> tuple[Array, Examples, Shared]:
-    """Harmless numbers in these rows: without a rule of its own, a derivative is only kept from NaN by never
-    computing with one.
+def _without_bad(
+    options: Options, logits: Array, examples: Examples, counts: Counts, largest: Array
+) -> tuple[Array, Examples]:
+    """Harmless numbers in unused rows that are not sound: without a rule of its own, a derivative is only kept from
+    NaN by never computing with one.
     """
-    if (temperature := examples.temperature) is not None:
-        examples = examples._replace(temperature=jnp.where(bad, jnp.ones_like(temperature), temperature))
-    if (probs := examples.probs) is not None:
-        examples = examples._replace(probs=jnp.where(bad[..., None], jnp.zeros_like(probs), probs))
-    return jnp.where(bad[..., None], jnp.zeros_like(logits), logits), examples, shared
+    z = effective(options, Rows(logits, where=examples.where)).astype(largest.dtype)
+    none = z == -jnp.inf  # a class of probability 0 is sound
+    bad = ~jnp.all(none | jnp.isfinite(largest[..., None] - z), -1)
+    bad = (sum_over(bad.astype(jnp.int32), options.axis_name) > 0) | ~jnp.isfinite(largest)
+    examples = usable_probs(options, examples, counts)
+    if examples.indices is None and (probs := examples.probs) is not None:  # such a class has an infinite term
+        infinite = counts.unused & jnp.any(none & (probs != 0), -1)
+        examples = examples._replace(probs=jnp.where(infinite[..., None], jnp.zeros_like(probs), probs))
+    return jnp.where((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits), examples
 
 
 # --- the primitive --------------------------------------------------------------------------------------------------

@@ -331,6 +331,34 @@ def test_classes_on_an_axis_counted_from_the_end(vocab_axis, shape, spec):
         assert jax.eval_shape(loss, h, k, np.zeros(8, np.int32)).shape == (8,)
 
 
+def test_hidden_states_that_were_gathered_beside_whole_labels(rng):
+    """Which vary over the devices of the classes, as counts made of them do, in blocks of tokens too."""
+    args = linear_arguments(rng, "index", v=32)
+    h, k, labels = (
+        np.asarray(args[name])[:8] if name != "kernel" else np.asarray(args[name])
+        for name in ("hidden", "kernel", "targets")
+    )
+
+    def loss(h, k, labels, axis=None):
+        if axis:
+            h = lax.all_gather(h, axis, tiled=True)
+        value = linear_cross_entropy(h, k, labels, axis_name=axis, reduction="mean", ignore_index=int(labels_ignored))
+        return lax.pmean(value, axis) if axis else value
+
+    labels_ignored = labels[0]
+    with blocks("store", 3, 4):
+        wanted = jax.jit(jax.grad(loss, (0, 1)))(h, k, labels)
+        mapped = jax.shard_map(
+            functools.partial(jax.grad(loss, (0, 1)), axis="v"),
+            mesh=mesh_of(4),
+            in_specs=(P("v"), P(None, "v"), P()),
+            out_specs=(P("v"), P(None, "v")),
+        )
+        found = jax.jit(mapped)(h, k, labels)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=100 * EPS, atol=100 * EPS)
+
+
 def test_classes_split_over_chips_that_retile(rng):
     """Its barrier takes hidden states and what varies over the devices at once."""
     args = linear_arguments(rng, "index", v=32)

@@ -86,10 +86,10 @@ MANY = {
     "smoothed": lambda z, k, y: jaxce.softmax_cross_entropy(z, y, label_smoothing=0.1, reduction="mean"),
     "nine entries": lambda z, k, y: jaxce.softmax_cross_entropy(
         z,
-        jaxce.SparseTargets((y[:, None] + jnp.arange(9)[None]) % z.shape[1], jax.nn.softmax(z[:, :9])),
+        jaxce.SparseTargets(nine(y), jax.nn.softmax(z[:, :9])),
         reduction="mean",
     ),
-    "tail": lambda z, k, y: jnp.mean(jaxce.log_probs(z, y[:, None] + jnp.arange(9)[None], return_aux=True)[1].tail),
+    "tail": lambda z, k, y: jnp.mean(jaxce.log_probs(z, nine(y), return_aux=True)[1].tail),
     "linear": lambda h, k, y: jaxce.linear_cross_entropy(h[:, :4], k, y, reduction="mean"),
 }
 

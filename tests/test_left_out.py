@@ -111,7 +111,7 @@ def test_what_does_not_count_leaves_no_trace(case, rng):
     step = jax.jit(jax.value_and_grad(functools.partial(loss, kind, out, form=form)))
     wanted, wanted_gradients = step(arrays)
     holders = ["temperature", *([] if kind in ("index", "logits") else ["probs"])]
-    for name in [*holders, *([] if out == "weights" else ["weights"])]:
+    for name in [*holders, *([] if out == "weights" or loss is log_probs else ["weights"])]:
         for bad in BAD if name == "temperature" else BAD[2:]:
             broken = arrays | {name: arrays[name].copy()}
             broken[name][OUT] = bad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import re
@@ -47,7 +48,13 @@ def blocks(mode: str, block_n: int = 4, block_v: int | None = None):
         size = block_v or (1000 if own == "store" else 6)
         return plans.LinearPlan((N, D, V), own, block_n, size, 0, 0, 0, 0, platform)
 
-    with mock.patch.object(plans, "make_plan", plan):
+    def without_gradients(_problem, stored, *_):
+        return dataclasses.replace(stored, mode="recompute")
+
+    with (
+        mock.patch.object(plans, "make_plan", plan),
+        mock.patch.object(plans, "_without_gradients", without_gradients),
+    ):
         yield
 
 

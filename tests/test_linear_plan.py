@@ -190,6 +190,21 @@ def test_arrays_of_capped_logits(kind, alive):
     assert problem(*shapes(8, 4, 16, kind=kind), logit_softcap=5.0).arrays == alive
 
 
+def test_numbers_of_numpy_are_numbers_of_the_program():
+    arrays = shapes(2048, 64, 8000)
+    plain = {
+        "ignore_index": -1,
+        "memory_budget": 10**8,
+        "logit_softcap": 30.0,
+        "temperature": 1.0,
+        "label_smoothing": 0.0,
+    }
+    as_numpy = {"ignore_index": np.int64(-1), "memory_budget": np.int64(10**8), "logit_softcap": np.float32(30)}
+    as_numpy |= {"temperature": np.float64(1), "label_smoothing": np.float64(0)}
+    plans_ = [plan_linear_cross_entropy(*arrays, reduction="mean", **options) for options in (plain, as_numpy)]
+    assert plans_[0] == plans_[1]
+
+
 def test_what_belongs_to_classes_is_counted():
     """Of each class four numbers: bias, class weight and their gradients; and hardly more for one token."""
     V = 10**6

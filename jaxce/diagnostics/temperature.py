@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from jaxce import checks
 from jaxce.diagnostics.outcomes import checked, flat
+from jaxce.sharding import vary, varying
 from jaxce.softmax import softmax_cross_entropy
 from jaxce.types import ArrayLike, takes_variables
 
@@ -105,6 +106,8 @@ def _fit(logits: Array, labels: Array, weights: Array, ignore_index: int | None,
         after = jnp.where(inside, newton, jnp.sqrt(least * most))
         return step + 1, least, most, jnp.where(rise == 0, at, after), at
 
+    # In a `shard_map` every device fits its own: to a number that all share their gradients would be added up.
+    smallest, largest = vary((smallest, largest), varying(logits, labels, weights))
     start = jnp.clip(jnp.asarray(1, dtype), smallest, largest)
     state: _State = (0, smallest, largest, start, start + 1)
     found = lax.while_loop(wants_more, improve, state)[3]

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared, checked
-from jaxce.compose import Counts, who_counts
+from jaxce.compose import Counts, usable_temperature, who_counts
 from jaxce.linear import blocks, mesh, pallas_tpu
 from jaxce.linear import plan as plans
 from jaxce.linear.costs import Problem
@@ -159,8 +159,11 @@ def prepared(
     like = jnp.sum(hidden, -1).astype(working_dtype(matmul_dtype(hidden.dtype, kernel.dtype)))
     counts = who_counts(options, examples, shared, like, classes)
     projection = projection._replace(hidden=_without_unused_of(options, hidden, examples, shared, counts))
+    examples = usable_temperature(options, examples, counts)
     projection, examples, shared = mesh.vary_by_kind(options, projection, examples, shared)
-    return Prepared(projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared)))
+    return Prepared(
+        projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared, counts))
+    )
 
 
 def _without_unused_of(options: Options, hidden: Array, examples: Examples, shared: Shared, counts: Counts) -> Array:

@@ -31,17 +31,12 @@ class Schedule(NamedTuple):
     block_n: int = 0  # tokens in a block, where gradients are computed along with the loss; else 0
     forward_v: int = 0  # classes in a block
     backward_v: int = 0
-    all_tokens_v: int = 0  # the same in blocks of all tokens, for a method whose own have few
     widens: bool = False  # narrow factors of a product before it, for a backend that lacks (some) narrow products
     retiles: bool = False  # for a chip that copies sliced kernels
     row_major: bool = False  # the gradient of the logits, for a compiler that transposes the kernel otherwise
     transposes: bool = False  # hidden states once, rather than in the product of every block
     kernels: Any = None  # `jaxce.linear.pallas_tpu.Blocks`, where its kernels go through the blocks
-
-    def of_all_tokens(self) -> Schedule:
-        """For what is computed without blocks of tokens."""
-        size = self.all_tokens_v
-        return self._replace(block_n=0, forward_v=size, backward_v=size) if self.block_n else self
+    without_gradients: Any = None  # with blocks of tokens, the `Schedule` where no gradient is computed along
 
 
 # For "cpu", "tpu" and every other platform: which one it is, is known when the program is lowered, and not before.
