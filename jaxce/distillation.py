@@ -226,7 +226,8 @@ def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) 
     options, names = of.options, of.options.axis_name
     where = examples.where
     classes = None if where is None else sum_over(class_count(where, models.student.shape), names)
-    like = jnp.max(models.student, -1).astype(_joint_dtype(*models))
+    like = lax.stop_gradient(jnp.max(models.student, -1)).astype(_joint_dtype(*models))
+    like = lax.pmax(like, names) if names else like
     counts = who_counts(options, examples, Shared(), like, classes)
     examples = usable_temperature(options, examples, counts)
     if options.implementation == "autodiff" and where is not None:
@@ -324,10 +325,10 @@ def top_k_loss(
     unknown = counts.unused[..., None] & ~is_class(indices, num_classes)
     idle = ~counts.counted[..., None] | (probs == 0) | unknown
     ids = jnp.where(idle, jnp.full_like(indices, _IDLE), jnp.maximum(indices, -1))
-    given = {name: options[name] for name in ("where", "logit_softcap", "temperature", "axis_name", "implementation")}
-    if isinstance(given["temperature"], jax.core.Tracer):  # any other has been looked at
-        given["temperature"] = usable_temperature(of.options, examples, counts).temperature
-    log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **given)
+    kept = {name: options[name] for name in ("where", "logit_softcap", "temperature", "axis_name", "implementation")}
+    if isinstance(kept["temperature"], jax.core.Tracer):  # any other has been looked at
+        kept["temperature"] = usable_temperature(of.options, examples, counts).temperature
+    log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **kept)
     epsilon = max(float(jnp.finfo(x).eps) for x in (probs.dtype, jnp.result_type(array_of(teacher.probs))))
     rounding = min(16 * epsilon, _MOST - 1)
     loss: Array = _of_top_k(ids, probs, log_q, aux.tail, examples, counts, of=of, tail=tail, rounding=rounding)

@@ -89,7 +89,8 @@ def explicit_mesh(*arrays: Any) -> Any:
 
 def spec_of(x: Any) -> Any:
     """How every axis of `x`, an array or the type of one, is split."""
-    spec = (x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)).sharding.spec
+    described: Any = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
+    spec = described.sharding.spec
     return jax.P(*spec, *[None] * (x.ndim - len(spec)))
 
 

@@ -334,18 +334,15 @@ def test_classes_on_an_axis_counted_from_the_end(vocab_axis, shape, spec):
 def test_hidden_states_that_were_gathered_beside_whole_labels(rng):
     """Which vary over the devices of the classes, as counts made of them do, in blocks of tokens too."""
     args = linear_arguments(rng, "index", v=32)
-    h, k, labels = (
-        np.asarray(args[name])[:8] if name != "kernel" else np.asarray(args[name])
-        for name in ("hidden", "kernel", "targets")
-    )
+    h, k, labels = np.asarray(args["hidden"])[:8], np.asarray(args["kernel"]), np.asarray(args["targets"])[:8]
+    ignored = int(labels[0])
 
     def loss(h, k, labels, axis=None):
         if axis:
             h = lax.all_gather(h, axis, tiled=True)
-        value = linear_cross_entropy(h, k, labels, axis_name=axis, reduction="mean", ignore_index=int(labels_ignored))
+        value = linear_cross_entropy(h, k, labels, axis_name=axis, reduction="mean", ignore_index=ignored)
         return lax.pmean(value, axis) if axis else value
 
-    labels_ignored = labels[0]
     with blocks("store", 3, 4):
         wanted = jax.jit(jax.grad(loss, (0, 1)))(h, k, labels)
         mapped = jax.shard_map(

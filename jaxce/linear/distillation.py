@@ -446,8 +446,8 @@ def _of_top_k(tail: bool, arguments: dict[str, Any]) -> Array:
         checks.fail(ValueError, "mode", "None or 'recompute' beside a teacher's probabilities", "'store'", hint)
     names = "hidden", "kernel", "bias", "vocab_axis"
     student, vocab_axis = checked_projection(*(arguments[name] for name in names))
-    names = "axis_name", "batch_axis_name", "reduction"
-    checks.split_over("hidden", student.hidden, checks.mesh_axes(*(arguments[name] for name in names))[1], "tokens")
+    axes = checks.mesh_axes(*(arguments[name] for name in ("axis_name", "batch_axis_name", "reduction")))
+    checks.split_over("hidden", student.hidden, axes[1], "tokens")
     own = {name: arguments[name] for name in ("vocab_axis", "bias", "mode", "precision")}
     of_student = functools.partial(linear_log_probs, student.hidden, student.kernel, **own)
     *batch, _ = student.hidden.shape
