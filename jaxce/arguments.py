@@ -160,9 +160,7 @@ def checked_options(
     if _is(1, temperature):
         temperature = None
     else:
-        temperature = jnp.asarray(checks.temperature(temperature, batch), dtype)
-        one = (temperature > 0).astype(dtype)  # a traced one that is not positive becomes NaN
-        temperature = jnp.broadcast_to(temperature * (one / one), batch)
+        temperature = jnp.broadcast_to(jnp.asarray(checks.temperature(temperature, batch), dtype), batch)
     if class_weights is not None:
         num_classes = math.prod(full[i] for i in class_axes)
         class_weights = checks.class_weights(class_weights, num_classes).astype(dtype)

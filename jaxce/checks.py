@@ -253,7 +253,8 @@ def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
 
 def temperature(x: Any, batch: tuple[int, ...]) -> jax.Array:
     array = _by_example("temperature", x, batch, "one number, or one per example", "")
-    if not isinstance(array, jax.core.Tracer) and not np.all((np.asarray(array) > 0) & np.isfinite(array)):
+    here = not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
+    if here and not np.all((np.asarray(array) > 0) & np.isfinite(array)):
         fail(ValueError, "temperature", "finite numbers > 0", describe(array) if array.ndim else str(array))
     return array
 

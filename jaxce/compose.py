@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.serialization import serializable
-from jaxce.sharding import explicitly_sharded, sum_over
+from jaxce.sharding import sum_over
 from jaxce.stats import Terms, times
 from jaxce.targets import class_weight_at, entry_probs, nan_where_unknown
 
@@ -70,13 +70,41 @@ def who_counts(
         counted &= classes > 0
     if options.ignore_index is not None:
         counted &= jnp.any(examples.indices != options.ignore_index, -1)
-    weight, unused = jnp.ones_like(like), ~counted
-    if shared.class_weights is not None:
-        weight = _class_weight_of_examples(options, examples, shared.class_weights)
+    weight = jnp.ones_like(like)
     if examples.weights is not None:
-        own = jnp.broadcast_to(examples.weights, like.shape)
-        weight, unused = own * weight, unused | (own == 0)
-    return Counts(classes, counted, jnp.where(counted, weight, jnp.zeros_like(weight)), unused)
+        weight = weight * jnp.broadcast_to(examples.weights, like.shape)
+    weight = jnp.where(counted, weight, jnp.zeros_like(weight))
+    unused = ~counted if examples.weights is None else weight == 0
+    counts = Counts(classes, counted, weight, unused)
+    if shared.class_weights is not None:
+        of_class = _class_weight_of_examples(options, usable_probs(options, examples, counts), shared.class_weights)
+        counts = counts._replace(weight=jnp.where(counted, weight * of_class, jnp.zeros_like(weight)))
+    return counts
+
+
+# Padding holds targets normalised by 0 and temperatures of 0. Multiplied by 0, these would be NaN in what rows share.
+
+
+def usable_probs(options: Options, examples: Examples, counts: Counts) -> Examples:
+    """Of unused rows those that are not finite as 0."""
+    if (probs := examples.probs) is None or not _may_be_unused(options, examples):
+        return examples
+    gone = counts.unused[..., None] & ~jnp.isfinite(probs)
+    return examples._replace(probs=jnp.where(gone, jnp.zeros_like(probs), probs))
+
+
+def usable_temperature(options: Options, examples: Examples, counts: Counts) -> Examples:
+    """One that is not positive, as a traced one may be, as NaN; of unused rows as 1."""
+    if (T := examples.temperature) is None:
+        return examples
+    ones = jnp.ones_like(counts.weight)
+    T = ones * jnp.broadcast_to(T, ones.shape)
+    T = T + jnp.where(T > 0, 0, jnp.nan)  # which leaves a NaN gradient NaN
+    return examples._replace(temperature=jnp.where(counts.unused & jnp.isnan(T), ones, T))
+
+
+def _may_be_unused(options: Options, examples: Examples) -> bool:
+    return not (examples.weights is None and examples.where is None and options.ignore_index is None)
 
 
 def compose(
@@ -100,7 +128,11 @@ def compose(
     """
     like = terms.log_normalizer
     dtype, ones = like.dtype, jnp.ones_like(like)
-    weights = ones if examples.weights is None else ones * jnp.broadcast_to(examples.weights, like.shape)
+    weights = ones
+    if examples.weights is not None:
+        weights = jnp.where(counts.counted, ones * jnp.broadcast_to(examples.weights, like.shape), ones)
+    if examples.indices is not None:
+        examples = usable_probs(options, examples, counts)
     terms = jax.tree.map(lambda x: zero_if_too_large(x, counts.unused), terms)
 
     if examples.indices is None:
@@ -155,9 +187,7 @@ def _class_weight_of_examples(options: Options, examples: Examples, class_weight
         return jnp.sum(_weighted_entries(options, examples.indices, examples.probs, class_weights), -1)
     assert examples.probs is not None  # targets are either indices or probabilities
     probs = examples.probs.astype(class_weights.dtype)
-    if explicitly_sharded(probs):  # a product over a sharded axis would have to be told how its result is sharded
-        return jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1)
-    return sum_over(jnp.matmul(probs, class_weights, precision="highest"), options.axis_name)
+    return sum_over(jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1), options.axis_name)
 
 
 def reduce(options: Options, loss: Array, counts: Counts) -> Array:

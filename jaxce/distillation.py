@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Shared, checked_options
 from jaxce.autodiff import log_sum_exp
-from jaxce.compose import Counts, compose, who_counts
+from jaxce.compose import Counts, compose, usable_temperature, who_counts
 from jaxce.divergence import (
     KINDS,
     Divergence,
@@ -38,11 +38,20 @@ from jaxce.log_probabilities import LogProbsAux, log_probs
 from jaxce.lookup import repeated_entries, same_entries
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import mask_like, shard_count, sum_over, vary, varying
+from jaxce.sharding import explicit_mesh, mask_like, place, shard_count, spec_of, sum_over, vary, varying
 from jaxce.stats import Terms, finite, merge_shards, tempered, working_dtype
 from jaxce.sums import Rows, effective, row_stats
 from jaxce.targets import SparseTargets, Targets, checked_sparse, is_class
-from jaxce.types import ArrayLike, Axis, AxisName, DivergenceName, Implementation, Reduction, takes_variables
+from jaxce.types import (
+    ArrayLike,
+    Axis,
+    AxisName,
+    DivergenceName,
+    Implementation,
+    Reduction,
+    array_of,
+    takes_variables,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +170,11 @@ def distillation_loss(
     }
     checks.one_of("tail", tail, (False, True))
     if isinstance(teacher_logits, SparseTargets):
+        _, split_batch = checks.mesh_axes(axis_name, batch_axis_name, reduction)
+        checks.split_over("logits", logits, split_batch, "examples")
         of_student = functools.partial(log_probs, logits, axis=axis)
-        return top_k_loss(of_student, "teacher_logits", teacher_logits, tail, logits.shape, axes, logits.dtype, options)
+        given = of_student, "teacher_logits", teacher_logits, tail, logits.shape, axes, logits.dtype, options
+        return top_k_loss(*given, logits)
     teacher_logits = checks.float_array("teacher_logits", teacher_logits)
     if teacher_logits.shape != logits.shape:
         expected = f"the shape of logits, {logits.shape}"
@@ -212,26 +224,26 @@ def _loss(logits: Array, examples: Examples, *, axes: tuple[int, ...], of: Disti
 def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) -> Array:
     """The loss, from checked arguments with the classes last."""
     options, names = of.options, of.options.axis_name
-    dtype, where = _joint_dtype(*models), examples.where
+    where = examples.where
     classes = None if where is None else sum_over(class_count(where, models.student.shape), names)
-    if options.implementation == "autodiff":
-        # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
-        if where is not None:
-            models = Models(*(jnp.where(mask_like(where, z), z, jnp.zeros_like(z)) for z in models))
-        largest = Models(*(jnp.max(z, -1, keepdims=True) for z in models))
-        unused = who_counts(options, examples, Shared(), largest.student[..., 0].astype(dtype), classes).unused
-        fine = [jnp.all(jnp.isfinite(m - z), -1) for m, z in zip(largest, models, strict=True)]
-        bad = sum_over((~(fine[0] & fine[1])).astype(jnp.int32), names) > 0
-        models = Models(*(_zero_unless(~(unused & bad), z) for z in models))
+    like = lax.stop_gradient(jnp.max(models.student, -1)).astype(_joint_dtype(*models))
+    like = lax.pmax(like, names) if names else like
+    counts = who_counts(options, examples, Shared(), like, classes)
+    examples = usable_temperature(options, examples, counts)
+    if options.implementation == "autodiff" and where is not None:
+        models = Models(*(jnp.where(mask_like(where, z), z, jnp.zeros_like(z)) for z in models))
     rows = models, Examples(where=where, temperature=examples.temperature)
     rows = vary(rows, varying(rows))
     if options.implementation == "autodiff":
-        value = _plain(of, *rows)
+        # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
+        fine = jnp.isfinite(_plain(of, *jax.tree.map(lax.stop_gradient, rows))) | ~counts.unused
+        models, rest = rows
+        value = _plain(of, Models(*(_zero_unless(fine, z) for z in models)), rest)
     else:
         models, rest = rows
         student, rest = reverse_mode_only((models.student, rest))
         value = row_divergence(of, models._replace(student=student), rest)
-    return composed(of, value, examples, who_counts(options, examples, Shared(), value, classes))
+    return composed(of, value, examples, counts)
 
 
 def composed(of: Distillation, value: Array, examples: Examples, counts: Counts) -> Array:
@@ -286,10 +298,11 @@ def top_k_loss(
     class_axes: Sequence[int],
     dtype: DTypeLike,
     options: dict[str, Any],
+    like: Array,
 ) -> Array:
     """The loss beside a teacher's probabilities of K classes, from a student's log-probabilities of ids and their rest.
 
-    `full` and `class_axes` are those of the student's logits, whose dtype it is.
+    `full` and `class_axes` are those of the student's logits, whose dtype it is. The batch is sharded as in `like`.
     """
     batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
     indices, probs, _ = checked_sparse(name, teacher, batch, full, dtype)
@@ -301,22 +314,31 @@ def top_k_loss(
     if examples.where is not None:
         count = jnp.sum(examples.where, tuple(class_axes), dtype=jnp.int32)
         classes = sum_over(jnp.broadcast_to(count, batch), of.options.axis_name)
+    if (mesh := explicit_mesh(like)) is not None:
+        rows = [s for i, s in enumerate(spec_of(like)) if i not in class_axes]
+        indices, probs = (place(x, mesh, (*rows, None)) for x in (indices, probs))
+        classes = None if classes is None else place(classes, mesh, rows)
+        examples = examples.by_kind(row=lambda x: place(x, mesh, rows), classes=lambda x: x)
     counts = who_counts(of.options, examples, Shared(), jnp.sum(probs, -1), classes)
     # Entries of probability 0 count for nothing, whatever their index; nor does what is no class, at a weight of 0.
     num_classes = math.prod(full[i] for i in class_axes) * shard_count(of.options.axis_name)
     unknown = counts.unused[..., None] & ~is_class(indices, num_classes)
     idle = ~counts.counted[..., None] | (probs == 0) | unknown
     ids = jnp.where(idle, jnp.full_like(indices, _IDLE), jnp.maximum(indices, -1))
-    kept = "where", "logit_softcap", "temperature", "axis_name", "implementation"
-    log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **{name: options[name] for name in kept})
-    loss: Array = _of_top_k(ids, probs, log_q, aux.tail, examples, counts, of=of, tail=tail)
+    kept = {name: options[name] for name in ("where", "logit_softcap", "temperature", "axis_name", "implementation")}
+    if isinstance(kept["temperature"], jax.core.Tracer):  # any other has been looked at
+        kept["temperature"] = usable_temperature(of.options, examples, counts).temperature
+    log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **kept)
+    epsilon = max(float(jnp.finfo(x).eps) for x in (probs.dtype, jnp.result_type(array_of(teacher.probs))))
+    rounding = min(16 * epsilon, _MOST - 1)
+    loss: Array = _of_top_k(ids, probs, log_q, aux.tail, examples, counts, of=of, tail=tail, rounding=rounding)
     return loss
 
 
 _IDLE = -2  # no class, and not the number of other indices that are none
 
 
-@functools.partial(jax.jit, static_argnames=("of", "tail"))
+@functools.partial(jax.jit, static_argnames=("of", "tail", "rounding"))
 def _of_top_k(
     ids: Array,
     p: Array,
@@ -327,13 +349,18 @@ def _of_top_k(
     *,
     of: Distillation,
     tail: bool,
+    rounding: float,
 ) -> Array:
+    """rounding: what the teacher's probabilities may lack of 1 if they are all there are."""
     first = ~(repeated_entries(ids) | (ids == _IDLE))
     p = jnp.where(first, jnp.sum(jnp.where(same_entries(ids), p[..., None, :], 0), -1), 0)  # of a class given twice
     log_q = jnp.where(first | jnp.isnan(log_q), log_q, -jnp.inf)
     mass = jnp.sum(p, -1)
     rest = jnp.maximum(_left_of_one(p), 0) if tail else jnp.zeros_like(mass)
-    rest = jnp.where(mass > _MOST, jnp.nan, rest) if tail else rest
+    if tail:
+        rest = jnp.where(mass > _MOST, jnp.nan, rest)
+        # Of no other class.
+        rest = jnp.where((log_rest == -jnp.inf) & (rest <= rounding), 0, rest)
     p, log_q = (jnp.concatenate([x, y[..., None]], -1) for x, y in ((p, rest), (log_q, log_rest)))
     divergence = functools.partial(divergence_of_log_probs, of.divergence, whole=tail)
     first_value = divergence(lax.stop_gradient(log_q), p)

@@ -64,6 +64,7 @@ def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> 
         a = a - entropy * stats.spread
     if indices is not None and stats.picked is not None:
         below = stats.picked - stats.max[..., None]
+        below = jnp.where(below > 0, 0, below)  # of what is no class, whose derivative must not overflow
         at_targets = _at_targets(indices, ct.target, a, below, rest, inverse, entropy)
     maximum = jnp.where(dead, jnp.inf, stats.max)
     return Factors(
@@ -110,10 +111,10 @@ def gradient(
     surprise = below + of.log_sum[..., None]  # −log p
     batch = tuple(range(dz.ndim - 1))
     if examples.probs is not None and rows.probs is not None:
-        dz = dz - of.target[..., None] * rows.probs.astype(dtype)
+        dz = dz - of.target[..., None] * _alive(of.dead, rows.probs.astype(dtype))
         dprobs = taking_part(times(of.target[..., None], surprise))
         if shared.class_weights is not None:
-            dweights = jnp.sum(times(examples.probs.astype(dtype), dprobs), batch)
+            dweights = jnp.sum(times(_alive(of.dead, examples.probs.astype(dtype)), dprobs), batch)
             dprobs = times(shared.class_weights, dprobs)
     if of.smoothing is not None:
         share = of.smoothing[..., None]

@@ -77,7 +77,7 @@ def _checkify_targets(internals: Any, *args: Any, axes: tuple[int, ...]) -> tupl
 def _checkify_rule(internals: Any, *args: Any, num_classes: int) -> tuple[Any, Array]:
     *context, error, enabled_errors, known, labels = args  # JAX 0.12 hands on a context first
     if internals.FailedCheckError in enabled_errors and known.size:
-        label = labels.reshape(-1)[jnp.argmin(known.reshape(-1))]
+        label = jnp.max(jnp.where(known, jnp.iinfo(labels.dtype).min, labels))  # one of those that are none
         failure = internals.FailedCheckError(
             internals.get_traceback(), MESSAGE, label=label, num_classes=jnp.asarray(num_classes)
         )

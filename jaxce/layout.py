@@ -25,7 +25,7 @@ def sharded_alike(logits: Array, examples: Examples, shared: Shared, axes: tuple
 
     examples = examples.by_kind(row=placed(*batch), entries=placed(*batch, None), classes=placed(*full))
     if shared.class_weights is not None:
-        by_class = placed(full[axes[0]] if len(axes) == 1 else None)
+        by_class = placed(full[axes[0]])  # as the one axis is that several become
         shared = shared._replace(class_weights=by_class(shared.class_weights))
     return examples, shared
 

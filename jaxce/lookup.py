@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -58,7 +59,13 @@ def scattered(array: Array, indices: Array, values: Array) -> Array:
     """`put` by address."""
     size = array.shape[-1]
     inside = jnp.where((indices >= 0) & (indices < size), indices, size)  # a negative index would count from the end
-    return jnp.put_along_axis(array, inside, values, -1, inplace=False, mode="drop")
+
+    def of_row(row: Array, indices: Array, values: Array) -> Array:
+        return row.at[indices].set(values, mode="drop")
+
+    for _ in array.shape[:-1]:  # `jnp.put_along_axis` takes no batch of a symbolic size
+        of_row = jax.vmap(of_row)
+    return of_row(array, inside, values)
 
 
 def is_class(like: Array, index: Array) -> Array:

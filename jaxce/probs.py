@@ -8,15 +8,15 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Shared, checked
-from jaxce.compose import compose, who_counts
+from jaxce.compose import compose, usable_probs, who_counts
 from jaxce.layout import classes_last, sharded_alike
 from jaxce.lookup import pick
 from jaxce.stats import Terms, times, working_dtype
-from jaxce.targets import Targets, entry_probs, is_class
+from jaxce.targets import Targets, class_weight_at, entry_probs, is_class
 from jaxce.types import ArrayLike, Axis, Reduction, takes_variables
 
 
@@ -91,6 +91,7 @@ def _loss(p: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...]
         examples = examples._replace(probs=examples.probs.astype(dtype))
     like = jnp.sum(p, -1)
     counts = who_counts(options, examples, shared, like)
+    examples = usable_probs(options, examples, counts)
     unused = counts.unused
     slack = 16 * jnp.finfo(dtype).eps  # a softmax may round to a little more than 1
     valid = jnp.all((p >= 0) & (p <= 1 + slack), -1)
@@ -102,22 +103,25 @@ def _loss(p: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...]
     p = jnp.where((unused & ~valid)[..., None], jnp.ones_like(p), p)
     p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
 
+    amount = jnp.zeros((), dtype) if shared.label_smoothing is None else shared.label_smoothing
     if indices is not None:
-        target = _surprise(pick(p, indices), idle)
+        if class_weights is not None:
+            idle |= class_weight_at(class_weights, indices, ()) == 0
+        target = _surprise(pick(p, indices), idle | (amount == 1))
     else:
         assert examples.probs is not None  # targets are either indices or probabilities
         t = examples.probs
         if class_weights is not None:
             t = t * jnp.broadcast_to(class_weights, t.shape)
-        target = jnp.sum(times(t, _surprise(p, (t == 0) | unused[..., None])), -1)
+        target = jnp.sum(times(t, _surprise(p, (t == 0) | unused[..., None] | (amount == 1))), -1)
     smoothing = None
     if options.label_smoothing:
         v = jnp.ones_like(p) if class_weights is None else jnp.broadcast_to(class_weights, p.shape)
-        smoothing = jnp.sum(times(v, _surprise(p, (v == 0) | unused[..., None])), -1)
+        smoothing = jnp.sum(times(v, _surprise(p, (v == 0) | unused[..., None] | (amount == 0))), -1)
     terms = Terms(jnp.zeros_like(like), target, smoothing)
     return cast(Array, compose(options, terms, examples, shared, counts, p.shape[-1]))
 
 
 def _surprise(p: Array, idle: Array) -> Array:
-    """−log p; where it is multiplied by 0 and p has no logarithm, 0 with derivative 0."""
-    return -jnp.log(jnp.where(idle & ~(p > 0), 1, p))
+    """−log p; without a derivative where it is multiplied by 0 and p has no logarithm."""
+    return -jnp.log(jnp.where(idle & ~(p > 0), lax.stop_gradient(p), p))

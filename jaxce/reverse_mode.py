@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxce import checks
 from jaxce.primitives import Primitive
-from jaxce.sharding import vary
+from jaxce.sharding import explicit_mesh, place, spec_of, vary
 from jaxce.versions import varying_axes
 
 Tree = TypeVar("Tree")
@@ -44,7 +44,11 @@ def materialised(cts: Tree) -> Tree:
     """The cotangents, with an array for every symbolic zero."""
 
     def array(ct: Any) -> Any:
-        return vary(jnp.zeros(ct.shape, ct.dtype), varying_axes(ct.aval)) if is_symbolic_zero(ct) else ct
+        if not is_symbolic_zero(ct):
+            return ct
+        zeros = vary(jnp.zeros(ct.shape, ct.dtype), varying_axes(ct.aval))
+        mesh = explicit_mesh()
+        return zeros if mesh is None else place(zeros, mesh, spec_of(ct.aval))
 
     arrays: Tree = jax.tree.map(array, cts, is_leaf=is_symbolic_zero)
     return arrays

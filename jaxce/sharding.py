@@ -87,9 +87,10 @@ def explicit_mesh(*arrays: Any) -> Any:
     return next((m for m in (jax.sharding.get_abstract_mesh(), *meshes) if explicit in m.axis_types), None)
 
 
-def spec_of(x: Array) -> Any:
-    """How every axis of `x` is split."""
-    spec = jax.typeof(x).sharding.spec
+def spec_of(x: Any) -> Any:
+    """How every axis of `x`, an array or the type of one, is split."""
+    described: Any = x if isinstance(x, jax.core.AbstractValue) else jax.typeof(x)
+    spec = described.sharding.spec
     return jax.P(*spec, *[None] * (x.ndim - len(spec)))
 
 

@@ -13,12 +13,12 @@ from jax import Array, lax
 
 from jaxce import autodiff, checks, types
 from jaxce.arguments import Examples, Options, Shared, checked, of_nll, of_terms
-from jaxce.compose import Counts, CrossEntropyAux, compose, who_counts
+from jaxce.compose import Counts, CrossEntropyAux, compose, usable_probs, usable_temperature, who_counts
 from jaxce.gradient import factors, gradient, without_unused_tail
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import mask_like, on_this_device, shard_count, shard_start, sum_over, vary, varying
+from jaxce.sharding import on_this_device, shard_count, shard_start, sum_over, vary, varying
 from jaxce.stats import RowStats, Terms, finish, finite, merge_argmax, merge_shards, working_dtype
 from jaxce.sums import Rows, effective, row_stats, rows_of
 from jaxce.targets import Targets
@@ -273,18 +273,16 @@ class RowsOfLogits(NamedTuple):
 def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: Shared) -> RowsOfLogits:
     axes, V = options.axis_name, logits.shape[-1]
     classes = None if examples.where is None else sum_over(class_count(examples.where, logits.shape), axes)
-    if options.implementation == "autodiff":
-        # Without a rule of its own, the derivative of a row is only kept from NaN by never computing with it.
-        largest = jnp.max(logits, -1).astype(working_dtype(logits.dtype))
-        counts = who_counts(options, examples, shared, largest, classes)
-        bad = ~jnp.all(jnp.isfinite(jnp.max(logits, -1, keepdims=True) - logits), -1)
-        bad = sum_over(bad.astype(jnp.int32), axes) > 0
-        logits = jnp.where((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits)
-    if examples.temperature is not None:
+    if examples.temperature is not None or options.implementation == "autodiff":
         largest = jnp.max(effective(options, Rows(logits, where=examples.where)), -1)
         largest = lax.stop_gradient(largest.astype(working_dtype(logits.dtype)))
         largest = lax.pmax(largest, axes) if axes else largest
-        examples = examples._replace(offset=jnp.where(jnp.isfinite(largest), largest, 0))
+        counts = who_counts(options, examples, shared, largest, classes)
+        examples = usable_temperature(options, examples, counts)
+        if options.implementation == "autodiff":
+            logits, examples = _without_bad(options, logits, examples, counts, largest)
+        if examples.temperature is not None:
+            examples = examples._replace(offset=jnp.where(jnp.isfinite(largest), largest, 0))
     own, own_shared = of_terms(options, examples, shared)
     if own.indices is not None:
         own = own._replace(indices=on_this_device(own.indices, V, axes))
@@ -301,10 +299,27 @@ def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: 
     if (without := of_nll(options, *rows[1:])) is not None:
         unweighted = terms_of(without[0], rows[0], *without[1:]).target
     if options.return_aux:
-        z = logits if examples.where is None else jnp.where(mask_like(examples.where, logits), logits, -jnp.inf)
+        z = effective(Options(), Rows(logits, where=examples.where))
         argmax = jnp.argmax(z, -1).astype(jnp.int32) + shard_start(V, axes)
         prediction = merge_argmax(jnp.max(z, -1).astype(working_dtype(z.dtype)), argmax, axes)
     return RowsOfLogits(terms, counts, unweighted, prediction)
+
+
+def _without_bad(
+    options: Options, logits: Array, examples: Examples, counts: Counts, largest: Array
+) -> tuple[Array, Examples]:
+    """Harmless numbers in unused rows that are not sound: without a rule of its own, a derivative is only kept from
+    NaN by never computing with one.
+    """
+    z = effective(options, Rows(logits, where=examples.where)).astype(largest.dtype)
+    none = z == -jnp.inf  # a class of probability 0 is sound
+    bad = ~jnp.all(none | jnp.isfinite(largest[..., None] - z), -1)
+    bad = (sum_over(bad.astype(jnp.int32), options.axis_name) > 0) | ~jnp.isfinite(largest)
+    examples = usable_probs(options, examples, counts)
+    if examples.indices is None and (probs := examples.probs) is not None:  # such a class has an infinite term
+        infinite = counts.unused & jnp.any(none & (probs != 0), -1)
+        examples = examples._replace(probs=jnp.where(infinite[..., None], jnp.zeros_like(probs), probs))
+    return jnp.where((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits), examples
 
 
 # --- the primitive --------------------------------------------------------------------------------------------------

@@ -128,11 +128,13 @@ def finish(stats: RowStats) -> Terms:
 
 
 def finite(stats: RowStats) -> tuple[RowStats, Array]:
-    """The record with 0 for every number of a row without a finite maximum and sum; and which rows have one.
+    """The record with 0 for every number of a row without finite maximum, sum and targets; and which rows have them.
 
     This is what the backward pass is left: an ignored row may hold NaN, and a debugger would stop at it.
     """
     alive = jnp.isfinite(stats.max) & jnp.isfinite(stats.rest)
+    if stats.target is not None:
+        alive &= jnp.isfinite(stats.target.mass)
 
     def kept(x: Array) -> Array:
         return jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, jnp.zeros_like(x))

@@ -129,8 +129,11 @@ def left_out(options: Options, indices: Array | None) -> Array | None:
 
 
 def effective(options: Options, rows: Rows) -> Array:
-    """The logits that the softmax sees: capped, divided, then masked. Without any of it they keep their dtype."""
-    z = rows.logits
+    """The logits that the softmax sees: capped, divided, then masked. Without any of it they keep their dtype.
+
+    But for those of 8 bits, most of which have no −inf.
+    """
+    z = rows.logits if rows.logits.dtype.itemsize > 1 else rows.logits.astype(working_dtype(rows.logits.dtype))
     if options.logit_softcap is not None:
         z = z.astype(working_dtype(z.dtype))
         z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
@@ -140,10 +143,13 @@ def effective(options: Options, rows: Rows) -> Array:
 
 
 def smoothing_distribution(like: Array, dtype: DTypeLike, weights: Array | None, where: Array | None) -> Array:
-    """The (unnormalised) weight that smoothing gives each class, shaped and sharded as `like`."""
+    """The (unnormalised) weight that smoothing gives each class, shaped and sharded as `like`.
+
+    Under `jax.vmap` over class weights alone these have a batch that `like` has not: then it has theirs.
+    """
     v = jnp.ones_like(like, dtype)
     if weights is not None:
-        v = v * jnp.broadcast_to(weights, like.shape)
+        v = v * jnp.broadcast_to(weights, jnp.broadcast_shapes(weights.shape, like.shape))
     return v if where is None else v * where.astype(dtype)
 
 
@@ -265,7 +271,9 @@ def _record(
         return shift(maximum)[..., None] - z.astype(maximum.dtype)
 
     def gap(weights: Array) -> Gap:
-        return Gap(add(product(weights.astype(maximum.dtype), below()), -1), add(weights.astype(maximum.dtype), -1))
+        weights = weights.astype(maximum.dtype)
+        total = add(product(weights, below()), -1)
+        return Gap(total, jnp.broadcast_to(add(weights, -1), total.shape))  # one row of them may be for all
 
     target = smoothing = spread = uniform = None
     if rows.probs is not None:
@@ -367,7 +375,7 @@ def _in_groups(options: Options, rows: Rows, size: int) -> _Sums:
     """Each group of classes is added up by itself, by the library; and that of the class left out once more."""
     z, label = rows.logits, rows.indices
     # Behind a barrier, or XLA widens narrow logits in rows, and has no kernel for what follows.
-    groups = lax.optimization_barrier(z.reshape(len(z), -1, size))
+    groups = lax.optimization_barrier(z.reshape(*z.shape[:-1], z.shape[-1] // size, size))
     if label is None:
         largest = jnp.max(groups, -1)
         maximum, own = jnp.max(largest, -1), jnp.argmax(largest, -1, keepdims=True)

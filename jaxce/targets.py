@@ -158,7 +158,7 @@ def class_weight_at(class_weights: Array, indices: Array, axis_name: AxisNames =
         hit = (classes == indices[..., None]).astype(class_weights.dtype)
         return jnp.sum(hit * jnp.broadcast_to(class_weights, hit.shape), -1)
     local = on_this_device(indices, class_weights.size, axis_name)
-    found = jnp.take(class_weights, local, mode="clip")
+    found = jnp.take(class_weights, jnp.clip(local, 0, class_weights.size - 1), mode="clip")
     if not axis_name:
         return found
     here = is_class(local, class_weights.size)

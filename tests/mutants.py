@@ -47,6 +47,7 @@ DENSE = [
     "temperature",
     "axis_name",
     "checks",
+    "log_probs",
 ]
 LINEAR = ["linear::test_equals_the_dense_loss", "linear::test_every_gradient_against_the_oracle"]
 LINEAR += ["linear", "linear_plan", "axis_name", "checks", "sweep"]
@@ -63,10 +64,14 @@ TESTS = {
     "jaxce/linear": LINEAR,
     "jaxce/linear/blocks.py": [LINEAR[0], "axis_name", *LINEAR],
     "jaxce/linear/log_probabilities.py": ["log_probs"],
-    "jaxce/linear/store.py": [LINEAR[0], "linear_plan", *LINEAR],
-    "jaxce/linear/recompute.py": [LINEAR[0], "linear_plan", *LINEAR],
+    "jaxce/linear/store.py": [LINEAR[0], "linear_plan", "linear_costs", *LINEAR],
+    "jaxce/linear/recompute.py": [LINEAR[0], "linear_plan", "linear_costs", *LINEAR],
     "jaxce/linear/distillation.py": ["linear_distillation"],
-    "jaxce/linear/plan.py": ["linear_plan", *LINEAR],
+    "jaxce/linear/plan.py": ["linear_plan", "linear_costs", *LINEAR, "linear_tune"],
+    "jaxce/linear/costs.py": ["linear_plan", "linear_costs", *LINEAR],
+    "jaxce/linear/chips.py": ["linear_costs", *LINEAR],
+    "jaxce/linear/tune.py": ["linear_tune", "checks"],
+    "jaxce/linear/arguments.py": [*LINEAR, "linear_tune"],
     "jaxce/linear/pallas_tpu.py": ["pallas_tpu"],
 }
 
@@ -227,7 +232,7 @@ def to_run(file: str, names: list[str] | None) -> list[str]:
 
 def copy_tree(tree: pathlib.Path) -> None:
     for name in ("jaxce", "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
 
 

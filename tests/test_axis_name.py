@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxce
 from jaxce import SparseTargets, linear_cross_entropy, softmax_cross_entropy
+from jaxce.linear import chips
 from jaxce.versions import varying_axes
 from tests import oracle
 from tests.pairwise import pairwise
@@ -317,6 +319,61 @@ def test_linear_loss(rng, split, kind, mode):
     for name in ("weights", "class_weights", "label_smoothing", "z_loss"):
         value, size = getattr(wanted, name)
         oracle.assert_within(grads[name], value, relative * (size + np.abs(per_row[0]).sum() * 8), name)
+
+
+@pytest.mark.parametrize(("vocab_axis", "shape", "spec"), [(-1, (3, 32), P(None, "v")), (-2, (32, 3), P("v", None))])
+def test_classes_on_an_axis_counted_from_the_end(vocab_axis, shape, spec):
+    mesh = mesh_of(2, 4, names=("d", "v"), kind=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        h = jax.device_put(np.ones((8, 3), np.float32), jax.sharding.NamedSharding(mesh, P("d")))
+        k = jax.device_put(np.ones(shape, np.float32), jax.sharding.NamedSharding(mesh, spec))
+        loss = functools.partial(linear_cross_entropy, vocab_axis=vocab_axis)
+        assert jax.eval_shape(loss, h, k, np.zeros(8, np.int32)).shape == (8,)
+
+
+def test_hidden_states_that_were_gathered_beside_whole_labels(rng):
+    """Which vary over the devices of the classes, as counts made of them do, in blocks of tokens too."""
+    args = linear_arguments(rng, "index", v=32)
+    h, k, labels = np.asarray(args["hidden"])[:8], np.asarray(args["kernel"]), np.asarray(args["targets"])[:8]
+    ignored = int(labels[0])
+
+    def loss(h, k, labels, axis=None):
+        if axis:
+            h = lax.all_gather(h, axis, tiled=True)
+        value = linear_cross_entropy(h, k, labels, axis_name=axis, reduction="mean", ignore_index=ignored)
+        return lax.pmean(value, axis) if axis else value
+
+    with blocks("store", 3, 4):
+        wanted = jax.jit(jax.grad(loss, (0, 1)))(h, k, labels)
+        mapped = jax.shard_map(
+            functools.partial(jax.grad(loss, (0, 1)), axis="v"),
+            mesh=mesh_of(4),
+            in_specs=(P("v"), P(None, "v"), P()),
+            out_specs=(P("v"), P(None, "v")),
+        )
+        found = jax.jit(mapped)(h, k, labels)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=100 * EPS, atol=100 * EPS)
+
+
+def test_classes_split_over_chips_that_retile(rng):
+    """Its barrier takes hidden states and what varies over the devices at once."""
+    args = linear_arguments(rng, "index", v=32)
+    given = [np.asarray(args[name]) for name in ("hidden", "kernel", "targets")]
+
+    def step(**options):
+        return jax.value_and_grad(functools.partial(linear_cross_entropy, reduction="mean", **options), (0, 1))
+
+    with blocks("recompute", 4, 4):
+        wanted = jax.jit(step())(*given)
+        split = step(axis_name="v")
+        mapped = jax.shard_map(
+            split, mesh=mesh_of(4), in_specs=(P(), P(None, "v"), P()), out_specs=(P(), (P(), P(None, "v")))
+        )
+        with mock.patch.object(chips, "retiles", return_value=True):
+            found = jax.jit(mapped)(*given)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=100 * EPS, atol=100 * EPS)
 
 
 @pytest.mark.parametrize("mode", MODES)

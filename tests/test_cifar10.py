@@ -198,6 +198,21 @@ def test_refuses_an_archive_of_something_else(tmp_path):
         datasets.unpack(path, tmp_path)
 
 
+def test_a_data_dir_that_cannot_be_one_is_an_error_of_one_line(tmp_path, archive, capsys, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    arguments = ["--output-dir", str(tmp_path / "out"), "--data-dir"]
+    assert command.main([*arguments, str(file)]) == 2
+    assert capsys.readouterr().err == f"error: --data-dir: expected a folder, got {file}, which is a file.\n"
+
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(datasets.tempfile, "TemporaryDirectory", read_only)
+    with pytest.raises(UsageError, match=r"^--data-dir: expected a folder to unpack .* in: Read-only file system\.$"):
+        datasets.unpack(archive, tmp_path)
+
+
 def test_without_data_or_network_says_so_and_takes_digits(tmp_path, no_network, console):
     missing = tmp_path / "given"
     with pytest.raises(DataUnavailableError):
@@ -738,7 +753,8 @@ def test_recipes_fill_in_what_is_not_given():
         (["--batch-size", "many"], "--batch-size: expected a whole number from 1 up, got 'many'"),
         (["--label-smoothing", "1"], "expected a number from 0 to below 1, got '1'"),
         (["--mixup", "nan"], "--mixup: expected a finite number from 0 up, got 'nan'"),
-        (["--seed", "-1"], "--seed: expected a whole number from 0 up, got '-1'"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 to 2**63 - 1, got '-1'"),
+        (["--seed", str(2**63)], "--seed: expected a whole number from 0 to 2**63 - 1, got '9223372036854775808'"),
         (["--loss", "torch"], "invalid choice: 'torch'"),
     ],
 )

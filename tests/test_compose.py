@@ -413,6 +413,25 @@ def test_gradients_of_aux(field, implementation, logits, rng):
     np.testing.assert_allclose(jax.grad(value)(logits), wanted, atol=RTOL * np.abs(cotangent).max() * 4)
 
 
+def test_the_gradient_of_the_tail(logits):
+    """Of the log of the mass outside the ids: the others' softmax among themselves, less that among all."""
+    ids = np.argsort(-logits, -1)[:, :3]  # most of the mass
+    grad = jax.grad(lambda z: jnp.sum(jaxce.log_probs(z, ids, return_aux=True)[1].tail))(logits)
+    p = np.exp(log_softmax(logits))
+    others = np.where((ids[..., None] == np.arange(V)).any(-2), 0, p)
+    np.testing.assert_allclose(grad, others / others.sum(-1, keepdims=True) - p, atol=RTOL)
+
+
+def test_class_weights_of_each_of_many(logits, rng):
+    many, weights = np.stack([logits, 2 * logits, -logits]), rng.uniform(0.2, 3, (3, V)).astype(np.float32)
+
+    def loss(z, w):
+        return softmax_cross_entropy(z, LABELS, class_weights=w, label_smoothing=0.3)
+
+    for got, z, w in zip(jax.vmap(loss)(many, weights), many, weights, strict=True):
+        np.testing.assert_allclose(got, per_row(z, one_hot(LABELS), w.astype(np.float64), 0.3), rtol=RTOL)
+
+
 def test_the_prediction_is_the_first_of_equals():
     logits = np.array([[1, 2, 2, 0], [5, 5, 5, 5], [-np.inf, -np.inf, -1, -1], [0, 3, 9, 9]], np.float32)
     where = np.array([[True, True, False, True]])

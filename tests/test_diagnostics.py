@@ -178,8 +178,12 @@ def test_temperature_at_its_limits():
     assert math.isnan(diagnostics.fit_temperature(logits, jnp.array([2, 1])))  # impossible at every T
     assert math.isnan(diagnostics.fit_temperature(logits.at[0, 0].set(jnp.nan), right))
     assert math.isnan(diagnostics.fit_temperature(logits, jnp.array([0, 3])))
+    assert math.isnan(diagnostics.fit_temperature(logits.at[0].set(-jnp.inf), right))
     with pytest.raises(ValueError, match="0 < lower < upper"):
         diagnostics.fit_temperature(logits, right, bounds=(2.0, 1.0))
+    for bounds in (1.0,), 2.0:
+        with pytest.raises(ValueError, match=r"^bounds: expected two numbers"):
+            diagnostics.fit_temperature(logits, right, bounds=bounds)
 
 
 def test_an_ignored_example_does_not_move_the_temperature(rng):
@@ -369,6 +373,11 @@ def test_refuses():
         diagnostics.report(logits, jnp.full(4, -1), ignore_index=-1)
     with pytest.raises(ValueError, match="top_k"):
         diagnostics.report(logits, jnp.zeros(4, jnp.int32), top_k=0)
+    with pytest.raises(ValueError, match="top_k"):
+        diagnostics.report(logits, jnp.zeros(4, jnp.int32), top_k=5.0)
+    few, many = (diagnostics.calibration(logits, jnp.zeros(4, jnp.int32), num_bins=n) for n in (1, 15))
+    with pytest.raises(ValueError, match="other: expected 1 bins; got 15"):
+        few.merge(many)
     with pytest.raises(ValueError, match="num_bins"):
         diagnostics.calibration(logits, jnp.zeros(4, jnp.int32), num_bins=0)
     small, large = (diagnostics.summarize(jnp.zeros((2, v)), jnp.zeros(2, jnp.int32)) for v in (3, 4))

@@ -217,6 +217,23 @@ def test_classes_of_probability_0(kind, implementation):
         assert not dz[4].any()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_slope_of_a_soft_cap_of_narrow_logits(dtype, rng):
+    """It is of the working dtype; the gradient is rounded once."""
+    z, t = (jnp.asarray(rng.normal(size=(4, 6)) * 3, dtype) for _ in range(2))
+    dz = jax.grad(lambda z: distillation_loss(z, t, logit_softcap=4.0, reduction="sum"))(z)
+    assert dz.dtype == z.dtype
+    a, b = (np.asarray(x).astype(np.float64) for x in (z, t))
+    wanted = exact(4 * np.tanh(a / 4), b).logits.value * (1 - np.tanh(a / 4) ** 2)
+    # Capped logits of up to 4 have an error of ε·4 in the exponent, and 16 in each of two softmaxes.
+    oracle.assert_within(dz, wanted, 64 * EPS + oracle.half_ulp(wanted, z.dtype), "logits")
+
+
+def test_logits_that_are_no_floats():
+    with pytest.raises(TypeError, match=r"^logits: expected an array of floats"):
+        distillation_loss(jnp.zeros((2, 3), int), jnp.zeros((2, 3)))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
 def test_what_is_not_a_number(kind, implementation, rng):

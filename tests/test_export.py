@@ -77,6 +77,37 @@ def test_value_and_gradients_after_a_round_trip(loss, kind, symbolic):
         np.testing.assert_allclose(found, wanted, rtol=64 * np.finfo(np.float32).eps, atol=1e-6)
 
 
+def nine(y):
+    return y[:, None] + jnp.arange(9)[None]
+
+
+MANY = {
+    "labels": lambda z, k, y: jaxce.softmax_cross_entropy(z, y, reduction="mean"),
+    "smoothed": lambda z, k, y: jaxce.softmax_cross_entropy(z, y, label_smoothing=0.1, reduction="mean"),
+    "nine entries": lambda z, k, y: jaxce.softmax_cross_entropy(
+        z,
+        jaxce.SparseTargets(nine(y), jax.nn.softmax(z[:, :9])),
+        reduction="mean",
+    ),
+    "tail": lambda z, k, y: jnp.mean(jaxce.log_probs(z, nine(y), return_aux=True)[1].tail),
+    "linear": lambda h, k, y: jaxce.linear_cross_entropy(h[:, :4], k, y, reduction="mean"),
+}
+
+
+@pytest.mark.parametrize("loss", MANY)
+def test_a_symbolic_batch_of_many_classes(loss):
+    """Rows of more than 128 classes are added up in other ways."""
+    v, (b,) = 1000, export.symbolic_shape("b")
+    rng = np.random.default_rng(1)
+    z, k = rng.normal(size=(5, v)).astype(np.float32), rng.normal(size=(4, v)).astype(np.float32)
+    y = rng.integers(0, v - 20, 5).astype(np.int32)
+    for f in jax.jit(MANY[loss]), jax.jit(jax.value_and_grad(MANY[loss], (0, 1))):
+        shapes = jax.ShapeDtypeStruct((b, v), z.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype)
+        exported = export.export(f)(*shapes, jax.ShapeDtypeStruct((b,), y.dtype))
+        for found, wanted in zip(jax.tree.leaves(exported.call(z, k, y)), jax.tree.leaves(f(z, k, y)), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=64 * np.finfo(np.float32).eps, atol=1e-6)
+
+
 def test_the_aux_record_after_a_round_trip():
     def loss(z, t):
         return jaxce.softmax_cross_entropy(z, t, return_aux=True)

@@ -121,6 +121,17 @@ def test_reads_a_folder_of_ones_own(folder):
     assert one.train == corpus.train.removeprefix("The first text,\nof two lines and a little more.\n\n\n")
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.txt").write_text("One.\n\n\nTwo.")
+    monkeypatch.setattr(type(tmp_path), "read_bytes", denied)
+    for path in tmp_path, tmp_path / "a.txt":
+        with pytest.raises(UnusableTextError, match=r"a\.txt: expected a file that can be read: Permission denied\."):
+            texts.load(path)
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
@@ -309,6 +320,8 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_decoded_text(dataset, i
 def test_bits_per_byte_of_guessing_bytes_is_8():
     assert report.bits_per_byte(1000 * math.log(256), 1000) == pytest.approx(8)
     assert Measures(math.log(50), 0.0).perplexity == pytest.approx(50)
+    assert Measures(1e4, 0.0).perplexity == math.inf  # of a run that diverges
+    assert math.isnan(Measures(math.nan, 0.0).perplexity)
 
 
 @pytest.mark.slow
@@ -441,7 +454,7 @@ def test_defaults():
         (["--vocab-size", "255"], "--vocab-size: expected a whole number from 256 up, got '255'"),
         (["--learning-rate", "0"], "--learning-rate: expected a finite number above 0, got '0'"),
         (["--learning-rate", "inf"], "--learning-rate: expected a finite number above 0, got 'inf'"),
-        (["--seed", "-1"], "--seed: expected a whole number from 0 up, got '-1'"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 to 2**63 - 1, got '-1'"),
         (["--loss", "torch"], "invalid choice: 'torch'"),
         (["--mode", "fast"], "invalid choice: 'fast'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import re
@@ -47,7 +48,13 @@ def blocks(mode: str, block_n: int = 4, block_v: int | None = None):
         size = block_v or (1000 if own == "store" else 6)
         return plans.LinearPlan((N, D, V), own, block_n, size, 0, 0, 0, 0, platform)
 
-    with mock.patch.object(plans, "make_plan", plan):
+    def without_gradients(_problem, stored, *_):
+        return dataclasses.replace(stored, mode="recompute")
+
+    with (
+        mock.patch.object(plans, "make_plan", plan),
+        mock.patch.object(plans, "_without_gradients", without_gradients),
+    ):
         yield
 
 
@@ -765,6 +772,19 @@ def test_blocks_without_used_tokens_are_left_out(rng):
         np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS)
     inside = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "cond" and "dot_general" in str(eqn)]
     assert len(inside) == 2  # whole blocks, and the one that is left
+
+
+def test_tokens_are_moved_only_where_blocks_may_be_left_out(rng):
+    """Not where all are used, and not where a mask or probabilities [N, V] would be moved with them.
+
+    A token of weight 0 is used where the gradient in its weight is asked for, as it is here.
+    """
+    mask = np.ones((N, V), bool)
+    cases = [("index", {}, 0), ("index", {"ignore_index": -1}, 1), ("index", {"ignore_index": -1, "where": mask}, 0)]
+    for kind, options, sorts in [*cases, ("probs", {}, 0)]:
+        with blocks("store", 4, V):
+            found = equations(traced(fused, arguments(rng, kind), reduction="mean", **options))
+        assert [eqn.primitive.name for eqn in found].count("sort") == sorts
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxce
-from jaxce.linear import chips, problem_of
+from jaxce.linear import chips, costs, problem_of
 from jaxce.linear import plan as plans
 
 COMPILED = json.loads(
@@ -43,6 +43,35 @@ def test_operations_are_those_of_the_matmuls():
     for mode, block_n, block_v, matmuls in ("recompute", N, 7000, 4), ("store", 250, V, 3):
         cost = plans.ON_GPU[mode].gpu_cost(problem, block_n, block_v, chips.gpu("NVIDIA L4"))
         assert cost.flops == pytest.approx(matmuls * 2 * N * D * V)
+
+
+@pytest.mark.parametrize(("n", "fits"), [(32, True), (100_000, False)])
+def test_logits_in_the_cache_take_no_time_to_move(n, fits):
+    """A block of 1 MB fits in any second-level cache, one of 3.2 GB in none."""
+    card, problem = chips.gpu("NVIDIA H100"), problem_of(**shapes(n, 64, 8000), reduction="mean")
+    moving, idle = (
+        costs.on_gpu(problem, 0, [costs.Kernel(0, logits)], 2, n, 8000, card).seconds for logits in (1e9, 0)
+    )
+    if fits:
+        assert moving == idle
+    else:  # at the card's rate at best, if the launch of the kernel is hidden behind it
+        assert moving - idle > 1e9 / 3.35e12 - 4e-6
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize(
+    ("kind", "figures"),
+    [
+        ("NVIDIA H200", (4.8e12, 50e6, 1979e12 / 2, 989e12 / 2, 67e12)),
+        ("NVIDIA H100 80GB HBM3", (3.35e12, 50e6, 1979e12 / 2, 989e12 / 2, 67e12)),
+        ("NVIDIA A100-SXM4-80GB", (2.039e12, 40e6, 312e12, 156e12, 19.5e12)),
+        ("NVIDIA GeForce RTX 4090", (1.008e12, 72e6, 165.2e12, 82.6e12, 1.29e12)),
+        ("NVIDIA L4", (0.3e12, 48e6, 242e12 / 2, 120e12 / 2, 0.49e12)),
+    ],
+)
+def test_cards_are_as_their_data_sheets_say(kind, figures):
+    """Bytes a second, bytes of the second-level cache, and dense operations of bfloat16, TF32 and float64."""
+    assert tuple(chips.gpu(kind)[1:]) == pytest.approx(figures, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,29 @@ def test_bad_tokens(rng):
                     chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_models_without_bias(rng):
+    parts, teacher = models(rng, tokens=(5,), classes=11)
+    del parts["bias"], teacher["teacher_bias"]
+    loss, grads = jax.value_and_grad(lambda parts: linear(parts, teacher, {}, reduction="sum"))(parts)
+    h, k, g, w = (np.asarray(x, np.float64) for x in (*parts.values(), *teacher.values()))
+    log_q, log_p = (z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in (h @ k, g @ w.T))
+    dz = np.exp(log_q) - np.exp(log_p)
+    np.testing.assert_allclose(loss, np.sum(np.exp(log_p) * (log_p - log_q)), rtol=512 * EPS)
+    for name, wanted in {"hidden": dz @ k.T, "kernel": h.T @ dz}.items():
+        np.testing.assert_allclose(grads[name], wanted, rtol=0, atol=512 * EPS * abs(wanted).max())
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("of", ["bias", "teacher_bias"])
+def test_a_model_without_any_class_is_nan(of):
+    """Logits of nothing but −inf, which no NaN has made known; the other model is exactly (½, ½)."""
+    given = {"hidden": jnp.ones((3, D)), "kernel": jnp.zeros((D, 2)), "bias": jnp.zeros(2)}
+    given |= {"teacher_hidden": jnp.ones((3, E)), "teacher_kernel": jnp.zeros((2, E)), "teacher_bias": jnp.zeros(2)}
+    given[of] = jnp.full(2, -jnp.inf)
+    loss = jaxce.linear_distillation_loss(**given, teacher_vocab_axis=0, divergence="reverse_kl")
+    np.testing.assert_array_equal(np.isnan(loss), [True] * 3)
+
+
 @pytest.mark.parametrize("mode", ["store", "recompute"])
 def test_no_array_of_all_logits(mode, rng, monkeypatch):
     from jaxce.linear import distillation
@@ -154,6 +177,24 @@ def test_the_products_of_each_mode(rng):
         jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(parts).jaxpr
         names = [eqn.primitive.name for eqn in equations(jaxpr)]
         assert names.count("dot_general") == products
+
+
+def test_tpu_computes_logits_again(rng):
+    parts, teacher = models(rng)
+    loss = functools.partial(linear, teacher=teacher, numbers={}, reduction="mean")
+    traced = jax.jit(jax.value_and_grad(loss)).trace(parts)
+    for platform, products in ("tpu", 8), ("cpu", 4):
+        assert traced.lower(lowering_platforms=(platform,)).as_text().count("dot_general ") == products
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize(("narrow", "on_cpu"), [(False, 1024), (True, 512)])
+def test_tokens_in_a_block_that_keeps_its_logits(narrow, on_cpu):
+    """128 MB of float32 logits of each model on CPU, half of it for narrow kernels; none on TPU; 512 MB on GPU."""
+    from jaxce.linear import distillation
+
+    found = distillation._plans(4096, 2**15, narrow, (1, 1), None, None, "mean")
+    assert [plan.student.block_n for plan in found] == [on_cpu, 0, 4096]
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "kernel"])
@@ -278,6 +319,37 @@ def test_a_teacher_of_some_classes(divergence, tail, rng):
         ]
     ][0]
     np.testing.assert_allclose(slope, float((moved[0] - moved[1]) / (2 * step)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_teacher_of_all_classes(dtype, rng):
+    """Their probabilities do not add up to 1 by a rounding error, which is no mass of a class that is not there."""
+    z, t = (jnp.asarray(rng.normal(size=(64, 8)), jnp.float32) for _ in range(2))
+    p, ids = jax.lax.top_k(jax.nn.softmax(t), 8)
+    p = p.astype(dtype)
+    loss = jaxce.distillation_loss(z, jaxce.SparseTargets(ids, p))
+    log_p, log_q = np.log(np.asarray(p, np.float64)), np.asarray(jax.nn.log_softmax(z), np.float64)
+    log_q = np.take_along_axis(log_q, np.asarray(ids), -1)
+    wanted = np.sum(np.exp(log_p) * (log_p - log_q), -1)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5, atol=8 * float(jnp.finfo(dtype).eps))
+    short = jaxce.distillation_loss(z, jaxce.SparseTargets(ids, 0.97 * p.astype(jnp.float32)))
+    np.testing.assert_array_equal(short, np.inf)  # of a class that the student does not have
+
+
+def test_examples_that_are_not_split_over_the_axis_are_refused(rng):
+    parts, _ = models(rng, (4,), 8)
+    teacher = jaxce.SparseTargets(jnp.zeros((4, 1), int), jnp.full((4, 1), 0.5))
+
+    def dense(h, k):
+        return jaxce.distillation_loss(h @ k, teacher, batch_axis_name="d", reduction="sum")
+
+    def linear(h, k):
+        return jaxce.linear_distillation_loss(h, k, teacher, batch_axis_name="d", reduction="sum")
+
+    for loss, name in (dense, "logits"), (linear, "hidden"):
+        mapped = jax.shard_map(loss, mesh=mesh_of(2, names=("d",)), in_specs=(P(), P()), out_specs=P())
+        with pytest.raises(ValueError, match=rf"^{name}: expected this device's share"):
+            mapped(parts["hidden"], parts["kernel"])
 
 
 def test_a_near_teacher_of_some_classes(rng):

@@ -42,6 +42,10 @@ def shapes(n: int, d: int, v: int, dtype=jnp.float32, kind: str = "index", vocab
     return jax.ShapeDtypeStruct((n, d), dtype), jax.ShapeDtypeStruct(kernel, dtype), targets
 
 
+def problem(*arrays, **options):
+    return jaxce.linear.problem_of(**dict(zip(("hidden", "kernel", "targets"), arrays, strict=True)), **options)
+
+
 def compiled_temp_bytes(arrays, **options) -> int:
     def loss(hidden, kernel, targets):
         return linear_cross_entropy(hidden, kernel, targets, **options)
@@ -124,6 +128,40 @@ def test_predicted_memory_beside_a_large_kernel(budget):
     assert needed <= plan.temp_bytes <= min(budget, 2.5 * needed)
 
 
+@pytest.mark.parametrize("asked", ["loss", "gradient of an aux entry"])
+def test_predicted_memory_where_gradients_are_not_kept(asked):
+    """Mode "store" has blocks of few tokens, and takes all of them at once where there is nothing to store."""
+    n = 16384
+    arrays = shapes(n, 8, 8192)
+    plan = plan_linear_cross_entropy(*arrays, reduction="mean")
+    assert plan.mode == "store"
+    assert plan.block_n < n
+    loss = functools.partial(linear_cross_entropy, reduction="mean")
+    if asked != "loss":
+        loss = jax.grad(lambda *x: jnp.sum(linear_cross_entropy(*x, reduction="mean", return_aux=True)[1].entropy))
+        plan = plan_linear_cross_entropy(*arrays, reduction="mean", return_aux=True)
+        assert plan.mode == "store"
+    needed = jax.jit(loss).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+    assert needed <= plan.temp_bytes < plan.logits_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("mode", ["recompute", "store"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_predicted_memory_of_narrow_probabilities(weighted, mode, dtype):
+    """As which they are given, they are neither weighted nor differentiated."""
+    n, d, v = 1000, 64, 8000
+    arrays = *shapes(n, d, v, dtype)[:2], jax.ShapeDtypeStruct((n, v), jnp.bfloat16)
+    options = {"reduction": "mean", "mode": mode} | ({"class_weights": np.ones(v, np.float32)} if weighted else {})
+    smallest = 120_000_000 if weighted else 45_000_000
+    for budget in None, smallest:
+        plan = plan_linear_cross_entropy(*arrays, memory_budget=budget, **options)
+        loss = functools.partial(linear_cross_entropy, memory_budget=budget, **options)
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+        assert step.lower(*arrays).compile().memory_analysis().temp_size_in_bytes <= plan.temp_bytes
+
+
 def test_a_budget_that_is_too_small():
     arrays = shapes(1000, 64, 30011)
     with pytest.raises(ValueError, match=r"memory_budget: expected at least [\d,]+ bytes .*; got 1,000\.") as error:
@@ -134,6 +172,72 @@ def test_a_budget_that_is_too_small():
         linear_cross_entropy(
             np.ones((1000, 64), np.float32), np.ones((64, 50), np.float32), np.zeros(1000, int), memory_budget=1
         )
+
+
+@pytest.mark.parametrize("kind", ON)
+def test_a_budget_that_is_too_small_for_the_chip_at_hand(kind):
+    with (
+        jax.sharding.use_abstract_mesh(ON[kind]),
+        pytest.raises(ValueError, match=r"^memory_budget: expected at least"),
+    ):
+        plan_linear_cross_entropy(*shapes(64, 32, 1000), memory_budget=1)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize(("kind", "alive"), [("index", 3), ("sparse", 3), ("probs", 5)])
+def test_arrays_of_capped_logits(kind, alive):
+    """Logits, the capped ones, their gradient; beside probabilities also a block of those, and their logarithms."""
+    assert problem(*shapes(8, 4, 16, kind=kind), logit_softcap=5.0).arrays == alive
+
+
+def test_numbers_of_numpy_are_numbers_of_the_program():
+    arrays = shapes(2048, 64, 8000)
+    plain = {
+        "ignore_index": -1,
+        "memory_budget": 10**8,
+        "logit_softcap": 30.0,
+        "temperature": 1.0,
+        "label_smoothing": 0.0,
+    }
+    as_numpy = {"ignore_index": np.int64(-1), "memory_budget": np.int64(10**8), "logit_softcap": np.float32(30)}
+    as_numpy |= {"temperature": np.float64(1), "label_smoothing": np.float64(0)}
+    plans_ = [plan_linear_cross_entropy(*arrays, reduction="mean", **options) for options in (plain, as_numpy)]
+    assert plans_[0] == plans_[1]
+
+
+def test_what_belongs_to_classes_is_counted():
+    """Of each class four numbers: bias, class weight and their gradients; and hardly more for one token."""
+    V = 10**6
+    assert 4 * 4 * V <= costs.row_bytes(problem(*shapes(1, 1, V)), "cpu") < 4 * 4 * V + 66_000
+
+
+def test_what_a_plan_of_blocks_of_tokens_counts():
+    """A block's part of probabilities or of a mask; and logits beside their gradient where blocks may be left out."""
+
+    def temp_bytes(kind="index", **options):
+        plan = plan_linear_cross_entropy(*shapes(N, 64, 8000, kind=kind), reduction="mean", mode="store", **options)
+        assert plan.block_n == 1024
+        return plan.temp_bytes
+
+    block = 1024 * 8000
+    assert temp_bytes("probs") - temp_bytes("sparse") >= 4 * block
+    by_class, by_token = (
+        temp_bytes(where=jax.ShapeDtypeStruct(shape, bool), label_smoothing=0.1) for shape in ((8000,), (N, 8000))
+    )
+    assert by_token - by_class >= block
+    for skipping in {"weights": np.ones(N, np.float32)}, {"ignore_index": -1}:
+        assert temp_bytes(**skipping) - temp_bytes() == 4 * block
+
+
+def test_an_unknown_number_of_tokens_gets_the_blocks_of_many():
+    (n,) = jax.export.symbolic_shape("n")
+    plan = plan_linear_cross_entropy(*shapes(n, 64, 8000), reduction="mean")
+    assert (plan.mode, plan.block_v) == ("recompute", 2**22 // 8192)
+
+
+def test_sizes_near_the_preferred_one_are_tried_first():
+    tried = plans.alternatives(problem(*shapes(16384, 64, 32768), reduction="mean"), "cpu", "store", None)
+    assert [plan.block_n for plan in tried] == [1024, 2048, 512, 4096, 256, 128]
 
 
 def test_a_tight_budget_changes_the_mode():
@@ -156,10 +260,7 @@ def test_allowed_memory_is_used_on_tpu():
             budget: plan_linear_cross_entropy(*arrays, reduction="mean", memory_budget=budget)
             for budget in (None, 10**10, 15 * 10**9, 2 * 10**10)
         }
-        problem = jaxce.linear.problem_of(
-            **dict(zip(("hidden", "kernel", "targets"), arrays, strict=True)), reduction="mean"
-        )
-        tried = plans.alternatives(problem, "tpu", None, None)
+        tried = plans.alternatives(problem(*arrays, reduction="mean"), "tpu", None, None)
         assert plan_linear_cross_entropy(*arrays, reduction="mean", mode="store").block_n <= 1024
     assert [p.mode for p in plan.values()] == ["recompute", "recompute", "store", "store"]
     assert [(p.block_n, p.block_v) for p in plan.values()][2:] == [(4096, 131072), (8192, 131072)]

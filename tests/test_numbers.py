@@ -256,6 +256,50 @@ def test_empty_batch(implementation):
         assert jaxce.softmax_cross_entropy(jnp.zeros((0, 7)), jnp.zeros(0, jnp.int32), reduction=reduction) == 0
 
 
+@pytest.mark.parametrize("v", [1000, 1009])
+def test_an_empty_batch_of_many_classes(v):
+    """Rows of more than 128 are added up in groups, of which there are none here."""
+    z, labels = jnp.zeros((0, v)), jnp.zeros(0, jnp.int32)
+    for targets in labels, jnp.zeros((0, v)):
+        loss, gradient = jax.value_and_grad(lambda z, t=targets: jaxce.softmax_cross_entropy(z, t).sum())(z)
+        assert (loss, gradient.shape) == (0, (0, v))
+        assert jaxce.softmax_cross_entropy(z, targets).shape == (0,)
+    assert jaxce.distillation_loss(z, z).shape == (0,)
+    h, k = jnp.zeros((0, 3)), jnp.zeros((3, v))
+    for reduction in "none", "mean":
+        f = functools.partial(jaxce.linear_cross_entropy, targets=labels, reduction=reduction)
+        loss, gradient = jax.value_and_grad(lambda k, f=f: jnp.sum(f(h, k)))(k)
+        assert loss == 0
+        np.testing.assert_array_equal(gradient, 0)
+
+
+FLOAT8 = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz"]
+
+
+@by_implementation
+@pytest.mark.parametrize("devices", [1, 2])
+def test_logits_of_eight_bits(devices, implementation):
+    """Most such types have no infinity, for a class that takes no part or for the others of a label."""
+    z = np.float32([[1, 2, 3, -1], [0.5, -2, 1, 4]])
+    where, labels = jnp.array([True, True, False, True]), jnp.array([0, 3])
+    mesh = jax.make_mesh((devices,), ("i",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+    for dtype in FLOAT8:
+        narrow = jax.device_put(jnp.asarray(z, dtype), jax.sharding.NamedSharding(mesh, jax.P()))
+        for mask, classes in (None, [0, 1, 2, 3]), (where, [0, 1, 3]):
+            kept = z[:, classes].astype(np.float64)
+            lse = np.log(np.exp(kept).sum(-1))
+            options = {"where": mask, "implementation": implementation}
+            loss = functools.partial(jaxce.softmax_cross_entropy, targets=labels, **options)
+            found, gradient = jax.jit(jax.value_and_grad(lambda z, f=loss: jnp.sum(f(z))))(narrow)
+            np.testing.assert_allclose(found, np.sum(lse - z[[0, 1], [0, 3]]), rtol=32 * F32.eps, err_msg=dtype)
+            aux = jax.jit(functools.partial(loss, return_aux=True))(narrow)[1]
+            np.testing.assert_array_equal(aux.prediction, np.array(classes)[kept.argmax(-1)])
+            wanted = np.zeros((2, 4))
+            wanted[:, classes] = np.exp(kept - lse[:, None])
+            wanted[[0, 1], [0, 3]] -= 1
+            np.testing.assert_allclose(gradient.astype(np.float32), wanted, rtol=0.13, atol=0.02, err_msg=dtype)
+
+
 @by_implementation
 def test_worked_numbers(implementation):
     """The literal numbers of the table, with ulps of them allowed."""

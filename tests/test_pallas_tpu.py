@@ -21,6 +21,7 @@ from tests.test_linear import (
     arguments,
     assert_near_the_oracle,
     dense,
+    equations,
     fused,
     outputs_and_gradients,
     random_cotangents,
@@ -177,6 +178,16 @@ def plain(implementation, args, hidden, kernel, **options):
     return jaxce.linear_cross_entropy(
         hidden, kernel, args["targets"], bias=args["bias"], implementation=implementation, **options
     )
+
+
+def test_every_product_in_the_kernels_is_of_narrow_factors(rng):
+    args = arguments(rng, "index", (N,), v=5 * 128)  # nothing is left for the other way
+    arrays = [args[name].astype(jnp.bfloat16) for name in ("hidden", "kernel")]
+    with interpreted():
+        gradient = jax.grad(functools.partial(plain, "pallas_tpu", args, reduction="sum"), (0, 1))
+        found = [e for e in equations(jax.make_jaxpr(gradient)(*arrays).jaxpr) if e.primitive.name == "dot_general"]
+    assert len(found) == 4
+    assert {x.aval.dtype for e in found for x in e.invars} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("transform", ["vmap", "second derivatives", "scan"])
@@ -415,6 +426,16 @@ def test_other_platforms_compute_it_as_without(rng):
     ]
     assert "tpu_custom_call" not in programs[0].lower(*arrays).as_text()
     chex.assert_trees_all_equal(*(program(*arrays) for program in programs))
+
+
+def test_a_mask_that_is_the_same_for_all_classes(rng):
+    args = arguments(rng, "index", (N,), v=V)
+    given = {name: args[name] for name in ("hidden", "kernel", "targets")}
+    for bias in {}, {"bias": args["bias"]}:
+        loss = functools.partial(jaxce.linear_cross_entropy, **given, **bias)
+        with interpreted():
+            found = jax.jit(lambda loss=loss: loss(where=True, implementation="pallas_tpu"))()
+        np.testing.assert_allclose(found, jax.jit(loss)(), rtol=1e-5)
 
 
 def test_a_plan_of_them(rng):

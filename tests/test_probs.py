@@ -53,6 +53,22 @@ def test_the_value_depends_on_the_target_alone():
     np.testing.assert_allclose(cross_entropy_from_probs(probs[[0, 4, 3, 2, 1]], np.int32(0)), 2.302585, atol=5e-7)
 
 
+def test_a_factor_of_0_takes_the_gradient_of_a_probability_of_0():
+    """Of a class of weight 0, and of an amount of smoothing, whether it is a number of the program or not."""
+    p = jnp.array([[0.0, 0.25, 0.75]])
+    weights = jnp.array([0.0, 1.0, 1.0])
+    for targets in jnp.array([0]), jnp.eye(3)[:1], SparseTargets(jnp.array([[0, 0]]), jnp.full((1, 2), 0.5)):
+        loss = jax.value_and_grad(lambda p, t=targets: cross_entropy_from_probs(p, t, class_weights=weights).sum())
+        np.testing.assert_array_equal(loss(p)[0], 0)
+        np.testing.assert_array_equal(loss(p)[1], 0)
+    for amount, target, wanted in (0.0, 1, [0, -4, 0]), (1.0, 0, None):
+        q = p if wanted else jnp.array([[0.0, 0.25, 0.75]]) + 0.25 * jnp.eye(3)[:1]
+        found = jax.grad(lambda p, e, y=target: cross_entropy_from_probs(p, jnp.array([y]), label_smoothing=e).sum())(
+            q, jnp.float32(amount)
+        )
+        np.testing.assert_allclose(found[0], wanted or -1 / (3 * q[0]), rtol=RTOL)
+
+
 OPTIONS = {
     "plain": {},
     "smoothing": {"label_smoothing": 0.2},

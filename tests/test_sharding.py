@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -371,3 +372,44 @@ def test_some_axes_of_an_explicit_mesh_left_explicit():
     )
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"^hidden: expected a shard_map over all axes .*'v'"):
         jax.shard_map(jaxce.linear_cross_entropy, axis_names={"b"}, **specs)(h, k, y)
+
+
+def test_what_is_placed_in_another_way_than_the_logits(rng):
+    """Weights that broadcast, a teacher of some classes, an output alone, labels that are looked at, diagnostics."""
+    mesh = mesh_of(AxisType.Explicit)
+    z, labels = rng.normal(size=(8, 6, 16)).astype(np.float32), rng.integers(0, 16, (8, 6))
+    teacher = SparseTargets(np.stack([labels, (labels + 1) % 16], -1), np.full((8, 6, 2), 0.4, np.float32))
+    merged = rng.normal(size=(8, 4, 6)).astype(np.float32)
+    by_class = rng.uniform(0.5, 2, 24).astype(np.float32)
+    weights = rng.uniform(0.5, 2, 6).astype(np.float32)
+    merging = {"axis": (1, 2), "class_weights": by_class, "label_smoothing": 0.1}
+    cases = {
+        "a number": lambda z: softmax_cross_entropy(z, labels, weights=np.float32(2)),
+        "by position": lambda z: softmax_cross_entropy(z, labels, weights=weights),
+        "of probabilities": lambda z: jaxce.cross_entropy_from_probs(jax.nn.softmax(z), labels, weights=weights),
+        "of a divergence": lambda z: jaxce.distillation_loss(z, jnp.cos(z), weights=weights),
+        "teacher": lambda z: jaxce.distillation_loss(z, teacher, temperature=2.0, weights=weights),
+        "entropy": lambda z: softmax_cross_entropy(z, labels, return_aux=True)[1].entropy,
+        "entropy of ids": lambda z: jaxce.log_probs(z, labels, return_aux=True)[1].entropy,
+        "checked": lambda z: checkify.checkify(jax.jit(softmax_cross_entropy))(z, labels)[1],
+        "Brier": lambda z: jaxce.diagnostics.brier(z, labels),
+        "several class axes": lambda z: softmax_cross_entropy(z, labels[:, 0], **merging),
+    }
+    for name, f in cases.items():
+        x, spec = (merged, P("b", "v")) if name == "several class axes" else (z, P("b"))
+        step = jax.value_and_grad(lambda x, f=f: jnp.sum(f(x) ** 2))
+        wanted = step(jnp.asarray(x))
+        with jax.set_mesh(mesh):
+            found = step(jax.device_put(x, NamedSharding(mesh, spec)))
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_each_device_of_a_shard_map_fits_its_own_temperature(rng):
+    z = rng.normal(size=(64, 5)).astype(np.float32) * np.repeat(np.float32([1, 6]), 32)[:, None]
+    labels = rng.integers(0, 5, 64)
+    labels[::2] = z[::2].argmax(-1)
+    fit = jaxce.diagnostics.fit_temperature
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    found = jax.shard_map(lambda z, y: fit(z, y)[None], mesh=mesh, in_specs=P("d"), out_specs=P("d"))(z, labels)
+    np.testing.assert_allclose(found, [fit(z[i : i + 32], labels[i : i + 32]) for i in (0, 32)], rtol=1e-5)

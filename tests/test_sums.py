@@ -16,7 +16,7 @@ from oracle import assert_within
 import jaxce
 from jaxce import sums
 from jaxce.arguments import Options
-from jaxce.stats import RowStats
+from jaxce.stats import Gap, RowStats
 
 pytestmark = pytest.mark.optimized
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -24,7 +24,8 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 
 def in_chunks(options: Options, rows: sums.Rows) -> RowStats:
     like = jnp.zeros(rows.logits.shape[:-1], jnp.float32)
-    likes = sums._Sums(RowStats(like, like, None if rows.indices is None else like))
+    of_label, of_probs = (None if x is None else like for x in (rows.indices, rows.probs))
+    likes = sums._Sums(RowStats(like, like, of_label, None if of_probs is None else Gap(like, like)))
     return sums._on_cpu(options, False, likes, rows).stats
 
 
@@ -130,6 +131,19 @@ def test_weighted_sums_beside_what_is_not_finite(v):
     np.testing.assert_allclose(stats.target.sum[:9], expected, rtol=2 * EPS)
     np.testing.assert_allclose(stats.target.mass, t.astype(np.float64).sum(-1), rtol=2 * EPS)
     assert np.isnan(stats.rest[9])
+
+
+@pytest.mark.parametrize("v", [5, 256])
+def test_one_row_of_probabilities_for_many_rows_of_logits(rng, form, v):
+    """As `jax.vmap` over the logits alone gives them."""
+    z = jnp.asarray(rng.normal(size=(257, v)), jnp.float32)
+    t = rng.dirichlet(np.ones(v), 1).astype(np.float32)
+    of_rows = jax.jit(form, static_argnums=0)
+    one, each = (of_rows(Options(), sums.Rows(z, probs=jnp.asarray(p))).target for p in (t, np.tile(t, (257, 1))))
+    for got, wanted in zip(one, each, strict=True):
+        np.testing.assert_allclose(np.broadcast_to(got, 257), wanted, rtol=8 * EPS)
+    below = np.asarray(z, np.float64).max(-1, keepdims=True) - np.asarray(z, np.float64)
+    np.testing.assert_allclose(each.sum, (t.astype(np.float64) * below).sum(-1), rtol=16 * EPS)
 
 
 ROWS = (517, 2053)  # about a million numbers: in one piece it would be no chunk at all

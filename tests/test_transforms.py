@@ -70,12 +70,16 @@ def mean_and_gradient(arrays):
     return jax.value_and_grad(loss)(arrays["logits"])
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(
     "mapped", ["logits", "targets", "class_weights", "label_smoothing", "z_loss", "weights", "where", "all"]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_vmap_is_a_loop(kind, mapped, rng):
-    """Over each argument alone, the others being the same for all, and over all of them."""
+def test_vmap_is_a_loop(kind, mapped, devices, rng):
+    """Over each argument alone, the others being the same for all, and over all of them.
+
+    On several devices sums take the form of GPUs and TPUs.
+    """
     many, one = arguments(rng, kind)
     # A target on a class that takes no part makes the loss infinite: fine for a value, no use for comparing gradients.
     if kind != "index" or mapped == "targets":
@@ -90,12 +94,42 @@ def test_vmap_is_a_loop(kind, mapped, rng):
     arrays = {name: many[name] if name in names else one[name] for name in one}
 
     axes = {name: 0 if name in names else None for name in arrays}
-    value, grad = jax.jit(jax.vmap(mean_and_gradient, in_axes=(axes,)))(arrays)
+    mesh = jax.make_mesh((devices,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    placed = jax.device_put(arrays, jax.sharding.NamedSharding(mesh, P()))
+    value, grad = jax.jit(jax.vmap(mean_and_gradient, in_axes=(axes,)))(placed)
     for m in range(M):
         row = {name: jax.tree.map(operator.itemgetter(m), x) if name in names else x for name, x in arrays.items()}
         wanted, wanted_grad = mean_and_gradient(row)
         np.testing.assert_allclose(value[m], wanted, rtol=RTOL)
         np.testing.assert_allclose(grad[m], wanted_grad, atol=RTOL * (1 + np.abs(wanted_grad).max()))
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (1100, 1000)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_of_a_loss_of_one_row(kind, shape, rng):
+    """Over its logits, its temperature or its mask alone, however many there are: many are summed up in chunks."""
+    many, classes = shape
+    z, T = (2 * rng.normal(size=shape)).astype(np.float32), rng.uniform(0.5, 2, many).astype(np.float32)
+    where = (rng.random(shape) < 0.7) | (np.arange(classes) < 6)
+    one = jax.tree.map(jnp.asarray, make_targets(kind, rng, ()))
+    if kind == "probs":
+        one = jnp.asarray(rng.dirichlet(np.ones(classes)), jnp.float32)
+    each = jax.tree.map(lambda x: jnp.broadcast_to(x, (many, *x.shape)), one)
+
+    def loss(z, T, targets, **mask):
+        return softmax_cross_entropy(z, targets, temperature=T, **mask)
+
+    gradients = jax.grad(lambda z, T: jnp.sum(loss(z, T, each)), (0, 1))
+    two, same = jnp.float32(2), jnp.asarray(np.tile(z[0], (many, 1)))
+    found = jax.jit(jax.vmap(jax.value_and_grad(lambda z: loss(z, two, one))))(z)
+    np.testing.assert_allclose(found[0], loss(z, two, each), rtol=RTOL)
+    np.testing.assert_allclose(found[1], gradients(jnp.asarray(z), two)[0], rtol=1e-4, atol=1e-5)
+    found = jax.jit(jax.vmap(jax.value_and_grad(lambda T: loss(z[0], T, one))))(T)
+    np.testing.assert_allclose(found[0], loss(same, T, each), rtol=RTOL)
+    np.testing.assert_allclose(found[1], gradients(same, jnp.asarray(T))[1], rtol=1e-4, atol=1e-5)
+    if kind == "index":
+        found = jax.jit(jax.vmap(lambda m: loss(z[0], two, one, where=m)))(where)
+        np.testing.assert_allclose(found, loss(same, two, each, where=where), rtol=RTOL)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

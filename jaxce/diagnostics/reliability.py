@@ -55,6 +55,8 @@ class Calibration(NamedTuple):
 
     def merge(self, other: Calibration) -> Calibration:
         """The bins of both sets of examples together."""
+        if self.weight.shape != other.weight.shape:
+            checks.fail(ValueError, "other", f"{len(self.weight)} bins", f"{len(other.weight)}")
         both: Calibration = jax.tree.map(jnp.add, self, other)
         return both
 

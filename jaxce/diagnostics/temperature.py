@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from jaxce import checks
 from jaxce.diagnostics.outcomes import checked, flat
+from jaxce.sharding import vary, varying
 from jaxce.softmax import softmax_cross_entropy
 from jaxce.types import ArrayLike, takes_variables
 
@@ -43,9 +44,9 @@ def fit_temperature(
 
     Returns:
       One number, T. The lower bound if every prediction is right: then the loss falls for ever as T goes to 0. The
-      upper bound if the logits are no better than guessing: then nothing beats T = ∞. NaN for a NaN logit, a label
-      that is no class, or a label whose logit is −inf (no T makes that loss finite). 1 if no example counts, or every
-      row's logits are equal.
+      upper bound if the logits are no better than guessing: then nothing beats T = ∞. NaN for a NaN logit, a row of
+      nothing but −inf, a label that is no class, or one whose logit is −inf (no T makes that loss finite). 1 if no
+      example counts, or every row's logits are equal.
 
     Raises:
       TypeError, ValueError: an argument of the wrong dtype, shape or range.
@@ -61,6 +62,8 @@ def fit_temperature(
       Guo et al., "On Calibration of Modern Neural Networks", 2017, section 4.2. The loss is convex in 1/T, in which
       Newton's method runs inside a bracket; it halves the bracket (in the logarithm) where a step leaves it.
     """
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        checks.fail(ValueError, "bounds", "two numbers, the least T and the largest", repr(bounds))
     for name, x in zip(("bounds[0]", "bounds[1]"), bounds, strict=True):
         checks.scalar(name, x, 0, float("inf"))
     if not 0 < bounds[0] < bounds[1]:
@@ -75,6 +78,7 @@ def _fit(logits: Array, labels: Array, weights: Array, ignore_index: int | None,
     dtype = weights.dtype
     # A class of probability 0 stays one at every temperature: taken out, so that 0·∞ does not come up.
     possible = ~(logits == -jnp.inf)
+    possible |= ~jnp.any(possible, -1, keepdims=True)  # nothing but −inf is no distribution: it becomes NaN below
     top = jnp.max(logits, -1, keepdims=True).astype(dtype)
     scores = jnp.where(possible, logits.astype(dtype) - top, 0)
     scores = jnp.where((weights == 0)[:, None], 0, scores)
@@ -102,6 +106,8 @@ def _fit(logits: Array, labels: Array, weights: Array, ignore_index: int | None,
         after = jnp.where(inside, newton, jnp.sqrt(least * most))
         return step + 1, least, most, jnp.where(rise == 0, at, after), at
 
+    # In a `shard_map` every device fits its own: to a number that all share their gradients would be added up.
+    smallest, largest = vary((smallest, largest), varying(logits, labels, weights))
     start = jnp.clip(jnp.asarray(1, dtype), smallest, largest)
     state: _State = (0, smallest, largest, start, start + 1)
     found = lax.while_loop(wants_more, improve, state)[3]

@@ -51,7 +51,7 @@ def checked(kind: type[int] | type[float], expected: str, fits: Callable[[float]
 
 
 positive_integer = checked(int, "a whole number from 1 up", lambda n: n >= 1)
-natural_number = checked(int, "a whole number from 0 up", lambda n: n >= 0)
+natural_number = checked(int, "a whole number from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -269,14 +269,22 @@ def arrays_and_constants(arguments: dict[str, Any]) -> tuple[dict[str, Any], dic
     arrays = {
         name: x
         for name, x in arguments.items()
-        if (leaves := jax.tree.leaves(x)) and all(map(_describes_array, leaves))
+        if name not in _CONSTANTS and (leaves := jax.tree.leaves(x)) and all(map(_describes_array, leaves))
     }
     return arrays, {name: x for name, x in arguments.items() if name not in arrays}
 
 
+_CONSTANTS = "ignore_index", "memory_budget", "logit_softcap", "vocab_axis"  # which may be NumPy's numbers
+
+
 def _describes_array(x: Any) -> bool:
-    """As JAX takes it: arrays of objects, for one, are left to the checks."""
-    return hasattr(x, "shape") and hasattr(x, "dtype") and not (isinstance(x, np.ndarray) and not checks.is_array(x))
+    """As JAX takes it: arrays of objects, for one, are left to the checks, and numbers are numbers of the program."""
+    return (
+        not isinstance(x, np.generic)
+        and hasattr(x, "shape")
+        and hasattr(x, "dtype")
+        and not (isinstance(x, np.ndarray) and not checks.is_array(x))
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("options", "schedules"))

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared, checked
-from jaxce.compose import Counts, who_counts
+from jaxce.compose import Counts, usable_temperature, who_counts
 from jaxce.linear import blocks, mesh, pallas_tpu
 from jaxce.linear import plan as plans
 from jaxce.linear.costs import Problem
@@ -55,9 +55,12 @@ def checked_linear(
     if not isinstance(D * V, int):
         hint = "Only the batch may be symbolic."
         checks.fail(ValueError, "kernel", "a shape of numbers", checks.describe(kernel), hint)
-    if examples.indices is None and examples.probs is not None and shared.class_weights is not None:
-        # Used more than once: their gradients are added before they are rounded.
-        examples = examples._replace(probs=examples.probs.astype(shared.class_weights.dtype))
+    narrow_probs = False
+    if examples.indices is None and examples.probs is not None:
+        narrow_probs = examples.probs.dtype != working_dtype(matmul_dtype(hidden.dtype, kernel.dtype))
+        if shared.class_weights is not None:
+            # Used more than once: their gradients are added before they are rounded.
+            examples = examples._replace(probs=examples.probs.astype(shared.class_weights.dtype))
     problem = Problem(
         N,
         D,
@@ -69,6 +72,7 @@ def checked_linear(
         weights=examples.weights is not None,
         class_weights=shared.class_weights is not None,
         mask_per_token=examples.where is not None and any(n != 1 for n in examples.where.shape[:-1]),
+        narrow_probs=narrow_probs,
     )
     if constants.implementation == "pallas_tpu":
         pallas_tpu.check(problem, precision)
@@ -155,8 +159,11 @@ def prepared(
     like = jnp.sum(hidden, -1).astype(working_dtype(matmul_dtype(hidden.dtype, kernel.dtype)))
     counts = who_counts(options, examples, shared, like, classes)
     projection = projection._replace(hidden=_without_unused_of(options, hidden, examples, shared, counts))
+    examples = usable_temperature(options, examples, counts)
     projection, examples, shared = mesh.vary_by_kind(options, projection, examples, shared)
-    return Prepared(projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared)))
+    return Prepared(
+        projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared, counts))
+    )
 
 
 def _without_unused_of(options: Options, hidden: Array, examples: Examples, shared: Shared, counts: Counts) -> Array:

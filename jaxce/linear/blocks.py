@@ -36,6 +36,7 @@ class Schedule(NamedTuple):
     row_major: bool = False  # the gradient of the logits, for a compiler that transposes the kernel otherwise
     transposes: bool = False  # hidden states once, rather than in the product of every block
     kernels: Any = None  # `jaxce.linear.pallas_tpu.Blocks`, where its kernels go through the blocks
+    without_gradients: Any = None  # with blocks of tokens, the `Schedule` where no gradient is computed along
 
 
 # For "cpu", "tpu" and every other platform: which one it is, is known when the program is lowered, and not before.

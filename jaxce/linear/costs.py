@@ -37,6 +37,9 @@ class Problem:
     weights: bool
     class_weights: bool
     mask_per_token: bool
+    narrow_probs: bool = (
+        False  # probabilities [N, V] narrower than the working dtype, as which their gradient is added up
+    )
 
     @property
     def matmul(self) -> jnp.dtype:
@@ -74,8 +77,9 @@ def block_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     classes = min(block_v + p.V % block_v, p.V)
     narrow = not p.hidden == p.kernel == p.working
     if platform == "gpu":
-        logits = (p.arrays - 1) * p.working.itemsize + p.matmul.itemsize  # their gradient is written rounded
-        factors = block_n + 2 * classes * (block_v < p.V or p.kernel != p.matmul)
+        rounded = p.matmul if p.matmul != jnp.float16 else p.working  # see `jaxce.linear.blocks.gradients`
+        logits = (p.arrays - 1) * p.working.itemsize + rounded.itemsize
+        factors = block_n + 2 * classes * (block_v < p.V or p.kernel != rounded)
         return block_n * classes * logits + p.D * factors * p.working.itemsize
     factors = p.D * (block_n + (2 * classes if narrow or block_v < p.V else 0))
     size = p.arrays * block_n * classes + factors
@@ -85,8 +89,10 @@ def block_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
 
 
 def row_bytes(p: Problem, platform: str) -> int:
-    """Numbers per token and class, and hidden states without or in the order of the unused ones."""
+    """Numbers per token and class, hidden states without or in the order of the unused ones, and wide probabilities."""
     numbers = p.N * (32 + 12 * (p.entries or 0) + 2 * p.D) + 4 * p.V
+    if p.narrow_probs and p.class_weights:  # these are wide from the start, and so is their gradient
+        numbers += 2 * p.N * p.V
     return numbers * p.working.itemsize + 2**16
 
 

@@ -22,7 +22,7 @@ from jax.lax import PrecisionLike
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared, flat
-from jaxce.compose import Counts, mean_divisor, who_counts, zero_if_too_large
+from jaxce.compose import Counts, mean_divisor, usable_temperature, who_counts, zero_if_too_large
 from jaxce.distillation import (
     Distillation,
     Factors,
@@ -233,7 +233,7 @@ def _weighted_sum(plans: Plans, of: Distillation, tokens: Tokens, weights: Array
             value = zero_if_too_large(_forward(plan, of, part, keep=plan.keeps)[0], own == 0)
             return total + jnp.sum(own * value)
 
-        zero = vary(jnp.zeros((), weights.dtype), varying(tokens, weights) - set(of.options.axis_name))
+        zero = vary(jnp.zeros((), weights.dtype), varying(tokens) - set(of.options.axis_name) | varying(weights))
         return over_blocks(len(weights), plan.student.block_n or len(weights), block, zero)
 
     total: Array = by_platform(plans, forward, tokens, weights)
@@ -271,7 +271,7 @@ def _weighted_sum_fwd(
                 of_temperature,
             )
 
-        rows = varying(tokens, weights) - set(of.options.axis_name)
+        rows = varying(tokens) - set(of.options.axis_name) | varying(weights)
         dtype, (hidden, *shared) = weights.dtype, tokens.models.student
         total, divergences, dhidden = (jnp.zeros(s, dtype) for s in ((), weights.shape, hidden.shape))
         dtemperature = None if tokens.examples.temperature is None else divergences
@@ -446,13 +446,16 @@ def _of_top_k(tail: bool, arguments: dict[str, Any]) -> Array:
         checks.fail(ValueError, "mode", "None or 'recompute' beside a teacher's probabilities", "'store'", hint)
     names = "hidden", "kernel", "bias", "vocab_axis"
     student, vocab_axis = checked_projection(*(arguments[name] for name in names))
+    axes = checks.mesh_axes(*(arguments[name] for name in ("axis_name", "batch_axis_name", "reduction")))
+    checks.split_over("hidden", student.hidden, axes[1], "tokens")
     own = {name: arguments[name] for name in ("vocab_axis", "bias", "mode", "precision")}
     of_student = functools.partial(linear_log_probs, student.hidden, student.kernel, **own)
     *batch, _ = student.hidden.shape
     full = (*batch, student.kernel.shape[vocab_axis])
     kept = {name: x for name, x in arguments.items() if name not in {*own, *_OF_MODELS}}
     dtype = matmul_dtype(student.hidden.dtype, student.kernel.dtype)
-    return top_k_loss(of_student, "teacher_hidden", arguments["teacher_hidden"], tail, full, (len(batch),), dtype, kept)
+    given = of_student, "teacher_hidden", arguments["teacher_hidden"], tail, full, (len(batch),), dtype, kept
+    return top_k_loss(*given, student.hidden)
 
 
 _OF_MODELS = ("hidden", "kernel", "teacher_hidden", "teacher_kernel", "teacher_bias", "teacher_vocab_axis")
@@ -528,6 +531,7 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
     classes = blocks.participating(examples.where, (*batch, V), plans[0].student.forward_v, options.axis_name)
     like = jnp.sum(models.student.hidden, -1).astype(_working(models))
     counts = who_counts(options, examples, Shared(), like, classes)
+    examples = usable_temperature(options, examples, counts)
     teacher = jax.tree.map(lax.stop_gradient, models.teacher)
     models = Models(*(m._replace(hidden=without_unused(counts.unused, m.hidden)) for m in (models.student, teacher)))
     models, examples, counts = _varied(options, models, examples, counts)

@@ -89,7 +89,7 @@ def forward(
     N, classes = len(projection.hidden), V // bv * bv
     indices = _indices(options, examples, V)
     hidden, rows, unpack = _rows(_whole(N, bn), projection.hidden, indices, every)
-    by_class, class_parts = _by_class(options, projection, examples, shared, every)
+    by_class, class_parts = _by_class(options, V, projection, examples, shared, every)
     fields, structure = jax.tree.flatten(_no_classes(options, indices, (bn, LANES)))
     numbers = len(fields)
 
@@ -289,7 +289,7 @@ def backward(
     log_sum = of_rows.log_sum if options.label_smoothing else None  # nothing else needs it, of class indices
     needed = of_rows.max, of_rows.scale, of_rows.at_targets, of_rows.smoothing, of_rows.entropy, log_sum
     hidden, rows, unpack = _rows(length, projection.hidden, (indices, needed), every)
-    by_class, class_parts = _by_class(options, projection, examples, shared, every)
+    by_class, class_parts = _by_class(options, V, projection, examples, shared, every)
     asked = [x for x in (projection.bias, shared.class_weights) if x is not None]  # beside hidden states and kernel
     dhidden_dtype = whole.dtype if resident and _rounds(options, V, bv, cores) else _F32
     dtype = matmul_dtype(whole.dtype, projection.kernel.dtype)
@@ -435,11 +435,12 @@ def _logits(schedule: Schedule, hidden: Array, kernel: Array, parts: _ClassParts
 
 
 def _by_class(
-    options: Options, projection: Projection, examples: Examples, shared: Shared, every: frozenset[str]
+    options: Options, V: int, projection: Projection, examples: Examples, shared: Shared, every: frozenset[str]
 ) -> tuple[list[Array], Callable[..., _ClassParts]]:
     """One array `[numbers, V]` of what belongs to classes, or none; and what makes the parts of a block of it."""
     weights = shared.class_weights if options.label_smoothing else None
-    parts = _ClassParts(*(None if x is None else x.reshape(1, -1) for x in (projection.bias, examples.where, weights)))
+    given = projection.bias, examples.where, weights
+    parts = _ClassParts(*(None if x is None else jnp.broadcast_to(x.reshape(1, -1), (1, V)) for x in given))
     leaves, structure = jax.tree.flatten(parts)
     stacked = [jnp.concatenate([vary(x, every).astype(_F32) for x in leaves])] if leaves else []
 

@@ -89,7 +89,7 @@ class LinearPlan:
       shape: tokens, features and classes (N, D, V) that it was made for.
       mode: `"recompute"`, `"store"`, or `"pallas_tpu"` where that implementation was asked for.
       block_n: tokens in a block ("store" and "pallas_tpu"; all of them otherwise).
-      block_v: classes in a block ("recompute" and "pallas_tpu", and "store" where no gradient is wanted).
+      block_v: classes in a block ("recompute" and "pallas_tpu"; and "store", where gradients are wanted).
       temp_bytes: bytes of loss and gradient beyond arguments and results: an upper bound on CPU, and elsewhere what
         would be needed if nothing stayed in on-chip memory.
       kept_bytes: bytes that the loss leaves for the backward pass, beside its arguments: numbers per token in mode
@@ -190,7 +190,10 @@ def make_schedules(
 def _schedule(problem: Problem, plan: LinearPlan, schedule: Schedule, platform: str) -> Schedule:
     kind = chips.kind_of(platform)
     if plan.mode == "store" and not costs.in_one(problem, plan.block_n, plan.block_v):
-        return schedule._replace(block_n=plan.block_n, forward_v=plan.block_v, backward_v=plan.block_v)
+        alone = _schedule(problem, _without_gradients(problem, plan, platform, kind), schedule, platform)
+        return schedule._replace(
+            block_n=plan.block_n, forward_v=plan.block_v, backward_v=plan.block_v, without_gradients=alone
+        )
     if plan.mode == "pallas_tpu" and pallas_tpu.applies(problem, platform):
         schedule = schedule._replace(kernels=pallas_tpu.kernels(problem, kind))
     forward, backward = chips.block_eighths(kind, schedule.vocab_axis)
@@ -200,6 +203,14 @@ def _schedule(problem: Problem, plan: LinearPlan, schedule: Schedule, platform: 
         retiles=chips.retiles(kind),
         row_major=chips.row_major(kind, schedule.vocab_axis),
     )
+
+
+def _without_gradients(problem: Problem, plan: LinearPlan, platform: str, kind: str) -> LinearPlan:
+    """How a loss that would keep its gradients is computed where none are asked for, in no more memory."""
+    allowed = METHODS[plan.mode].temp_bytes(problem, platform, plan.block_n, plan.block_v)
+    found = sorted(_plans(problem, "recompute", platform, kind), key=_predicted)
+    smallest = min(found, key=lambda plan: plan.temp_bytes)
+    return next((plan for plan in found if plan.temp_bytes <= allowed), smallest)
 
 
 def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: int | None) -> LinearPlan:

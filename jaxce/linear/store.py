@@ -49,7 +49,7 @@ def loss(
     The divisor of a mean comes first, so that gradients are divided by it before they are rounded.
     """
     arguments = reverse_mode_only((projection, examples, shared))
-    rows = row_axes(options, *arguments)
+    rows = row_axes(options, *arguments, counts)
     divisor, nothing = mean_divisor(options, counts)
     sums = dataclasses.replace(options, reduction="sum", batch_axis_name=())
     total, aux = _summed_loss(schedules, sums, *arguments, counts, vary(divisor, rows))
@@ -66,7 +66,8 @@ def _recomputed_sum(
     known: recompute.Records = (None, None),
     rule: bool = True,
 ) -> tuple[Sum, recompute.Records]:
-    result, records = recompute.loss(schedules, options, *arguments, counts, known, rule)
+    cpu, tpu, other = (schedule.without_gradients or schedule for schedule in schedules)
+    result, records = recompute.loss((cpu, tpu, other), options, *arguments, counts, known, rule)
     total, aux = result if isinstance(result, tuple) else (result, None)
     return (total / divisor, aux), records
 
@@ -250,7 +251,7 @@ def _forward(
 
         return add(state) if order is None else lax.cond(start < used, add, lambda state: state, state)
 
-    total, rows = vary((jnp.zeros((), dtype), jnp.zeros((n,), dtype)), row_axes(options, *arguments))
+    total, rows = vary((jnp.zeros((), dtype), jnp.zeros((n,), dtype)), row_axes(options, *arguments, counts))
     projection, of_examples, of_all = jax.tree.map(
         lambda x: jnp.zeros_like(x, dtype), _floats((Projection(hidden, kernel, bias), examples, shared))
     )
@@ -383,8 +384,8 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     slopes = p.options.logit_softcap is not None  # of the cap, which are kept beside the logits
     if block_v == p.V and not skips and not slopes:  # the gradient takes its place
         logits = 0
-    if p.entries is None and p.hidden != p.working and platform == "cpu":
-        logits += p.N * p.V  # the gradient of narrow probabilities is written in the working dtype first
+    if p.narrow_probs:
+        logits += p.N * p.V  # their gradient
     same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
     of_block = costs.block_bytes(p, platform, rows, block_v)
     if platform == "cpu" and block_v == p.V and p.hidden == p.kernel == p.working:

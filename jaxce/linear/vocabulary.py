@@ -94,8 +94,8 @@ def backward(
 
     done: how many classes need no block, and the gradients from them.
     """
-    hidden, kernel, bias = projection
-    rows = tuple(range(hidden.ndim - 1))
+    given, kernel, bias = projection
+    hidden, rows = given, tuple(range(given.ndim - 1))
     hidden_t = lax.optimization_barrier(jnp.moveaxis(hidden, -1, 0)) if schedule.transposes else None
 
     def block(start: Any, size: int, grads: Gradients) -> Gradients:
@@ -155,7 +155,7 @@ def backward(
 
     if of_examples.temperature is not None and examples.temperature is not None:
         of_examples = of_examples._replace(temperature=whole(of_examples.temperature, examples.temperature))
-    return of_all._replace(hidden=whole(of_all.hidden, hidden)), of_examples, of_shared
+    return of_all._replace(hidden=whole(of_all.hidden, given)), of_examples, of_shared
 
 
 def no_classes(options: Options, projection: Projection, examples: Examples) -> RowStats:

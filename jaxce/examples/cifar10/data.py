@@ -19,6 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import wrap_file
 
+from jaxce.examples.common import UsageError
+
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE = "cifar-10-binary.tar.gz"
 ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -90,6 +92,8 @@ def load(data_dir: Path, console: Console) -> Dataset:
 
 
 def load_cifar10(data_dir: Path, console: Console) -> Dataset:
+    if data_dir.exists() and not data_dir.is_dir():
+        raise UsageError(f"--data-dir: expected a folder, got {data_dir}, which is a file.")
     folder = find(data_dir)
     if folder is None:
         archive = data_dir / ARCHIVE
@@ -204,3 +208,5 @@ def unpack(archive: Path, data_dir: Path) -> Path:
         raise DamagedDataError(
             f"{archive}: expected an archive of the folder {FOLDER}, got: {problem}. Delete it and fetch {URL} again."
         ) from problem
+    except OSError as problem:
+        raise UsageError(f"--data-dir: expected a folder to unpack {archive} in: {problem.strerror}.") from problem

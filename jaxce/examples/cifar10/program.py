@@ -62,12 +62,17 @@ def run(
         checkpoint.restore(trainer.modules, saved)
         progress = Progress.of(saved["record"])
     rows = progress.rows
+    last = min(settings.epochs, stop_after or settings.epochs)
+    if progress.losses and len(rows) >= last:
+        raise UsageError(
+            f"--stop-after: expected at least {len(rows) + 1}, the epoch in which the checkpoint is, got {last}."
+        )
 
     def save() -> None:
         checkpoints.save(trainer.step, trainer.modules, about | dataclasses.asdict(progress))
 
     console.print("\n".join([reports.HEADER, *map(str, rows)]))
-    train(trainer, progress, min(settings.epochs, stop_after or settings.epochs), save, console)
+    train(trainer, progress, last, save, console)
 
     title = f"{data.name}, {settings.recipe} recipe, {settings.loss} loss: accuracy {rows[-1].test_accuracy:.1%}"
     reports.plot_history(output_dir / "curves.png", title, progress.start_loss, rows)

@@ -97,14 +97,21 @@ def is_document(file: importlib.metadata.PackagePath) -> bool:
 def text_at(path: Path) -> Iterator[bytes]:
     """The file, or every file below the folder; hidden ones aside."""
     if path.is_file():
-        yield path.read_bytes()
+        yield read(path)
         return
     if not path.is_dir():
         raise UnusableTextError(f"{path}: expected a file or a folder, found neither.")
     for file in sorted(path.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if file.is_file() and not hidden:
-            yield file.read_bytes()
+            yield read(file)
+
+
+def read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as problem:
+        raise UnusableTextError(f"{file}: expected a file that can be read: {problem.strerror}.") from problem
 
 
 def decode_text(content: bytes) -> str | None:

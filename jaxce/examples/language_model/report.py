@@ -44,7 +44,7 @@ class Measures(NamedTuple):
     @property
     def perplexity(self) -> float:
         """Guessing among so many tokens, all alike, would cost as much."""
-        return math.exp(self.loss)
+        return math.inf if self.loss > 700 else math.exp(self.loss)  # of a run that diverges
 
     def __str__(self) -> str:
         return f"{self.loss:15.4f}   {self.perplexity:10.2f}   {self.bits_per_byte:13.3f}"

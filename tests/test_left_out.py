@@ -1,0 +1,159 @@
+"""An example that is ignored, masked or of weight 0 leaves no trace, whatever its weight, temperature and target hold.
+
+As padding does: a temperature of 0, a target normalised by 0. `tests/test_numbers.py` has the same of logits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxce
+from jaxce import SparseTargets
+
+N, D, V = 5, 3, 6
+OUT = np.arange(N) % 3 == 0
+IMPLEMENTATIONS = ["xla", "autodiff"]
+BAD = [0.0, -1.0, np.nan, np.inf, -np.inf]
+
+
+def arrays_of(rng, kind):
+    return {
+        "hidden": rng.normal(size=(N, D)).astype(np.float32),
+        "kernel": rng.normal(size=(D, V)).astype(np.float32),
+        "temperature": rng.uniform(0.5, 2, N).astype(np.float32),
+        "weights": rng.uniform(0.5, 2, N).astype(np.float32),
+        "class_weights": rng.uniform(0.5, 2, V).astype(np.float32),
+        "probs": rng.dirichlet(np.ones(V if kind == "probs" else 2), N).astype(np.float32),
+    }
+
+
+INDICES = np.stack([np.arange(N) % V, (np.arange(N) + 2) % V], 1)
+
+
+def targets_of(kind, arrays, out):
+    indices = np.where(OUT[:, None] & (out == "ignore_index"), -7, INDICES)
+    if kind == "index":
+        return indices[:, 0]
+    return arrays["probs"] if kind == "probs" else SparseTargets(indices, arrays["probs"])
+
+
+def left_out_by(out):
+    return {"ignore_index": -7} if out == "ignore_index" else {"where": ~OUT} if out == "where" else {}
+
+
+def cross_entropy(kind, out, arrays, form="xla", **options):
+    h, k, targets = arrays["hidden"], arrays["kernel"], targets_of(kind, arrays, out)
+    names = ["weights", "class_weights", *([] if form == "probs" else ["temperature"])]
+    options |= {name: arrays[name] for name in names} | left_out_by(out) | {"reduction": "mean"}
+    if form == "probs":
+        options.pop("where", None)
+        return jaxce.cross_entropy_from_probs(jax.nn.softmax(h @ k), targets, label_smoothing=0.1, **options)
+    options |= {"label_smoothing": 0.1, "z_loss": 0.01}
+    if form in IMPLEMENTATIONS:
+        return jaxce.softmax_cross_entropy(h @ k, targets, implementation=form, **options)
+    if out == "where":
+        options["where"] = ~OUT[:, None]
+    return jaxce.linear_cross_entropy(h, k, targets, mode=form, **options)
+
+
+def log_probs(kind, out, arrays, form="xla"):
+    given = {"temperature": arrays["temperature"], "ignore_index": -7}
+    ids = targets_of("index", arrays, "ignore_index")
+    if form == "linear":
+        return jnp.sum(jaxce.linear_log_probs(arrays["hidden"], arrays["kernel"], ids, **given))
+    return jnp.sum(jaxce.log_probs(arrays["hidden"] @ arrays["kernel"], ids, implementation=form, **given))
+
+
+def distillation(kind, out, arrays, form="xla", divergence="forward_kl"):
+    h, k = arrays["hidden"], arrays["kernel"]
+    given = {name: arrays[name] for name in ("temperature", "weights")} | {"reduction": "mean"}
+    given |= {"where": ~OUT} if out == "where" else {}
+    given["divergence"] = divergence
+    teacher = targets_of("sparse", arrays, "") if kind == "sparse" else np.cos(np.arange(N * V, dtype=np.float32))
+    if form in IMPLEMENTATIONS:
+        teacher = teacher if kind == "sparse" else teacher.reshape(N, V)
+        return jaxce.distillation_loss(h @ k, teacher, implementation=form, **given)
+    if out == "where":
+        given["where"] = ~OUT[:, None]
+    other = () if kind == "sparse" else (np.float32(np.eye(D, V)),)
+    teacher = teacher if kind == "sparse" else jnp.sin(h)
+    return jaxce.linear_distillation_loss(h, k, teacher, *other, mode=form, **given)
+
+
+CASES = {
+    f"{f.__name__} {form} {kind} {out}": (f, kind, out, form)
+    for f, forms, kinds in (
+        (cross_entropy, ["xla", "autodiff", "store", "recompute", "probs"], ["index", "probs", "sparse"]),
+        (distillation, ["xla", "autodiff", "store", "recompute"], ["logits", "sparse"]),
+        (log_probs, ["xla", "autodiff", "linear"], ["index"]),
+    )
+    for form in forms
+    for kind in kinds
+    for out in ("weights", "ignore_index", "where")
+    if not (out == "ignore_index" and (kind == "probs" or f is distillation))
+    and not (out == "where" and form == "probs")
+    and (f is not log_probs or out == "ignore_index")
+    and not (f is distillation and kind == "sparse" and form == "store")
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_does_not_count_leaves_no_trace(case, rng):
+    loss, kind, out, form = CASES[case]
+    arrays = arrays_of(rng, kind)
+    if out == "weights":
+        arrays["weights"][OUT] = 0
+    step = jax.jit(jax.value_and_grad(functools.partial(loss, kind, out, form=form)))
+    wanted, wanted_gradients = step(arrays)
+    holders = ["temperature", *([] if kind in ("index", "logits") else ["probs"])]
+    for name in [*holders, *([] if out == "weights" or loss is log_probs else ["weights"])]:
+        for bad in BAD if name == "temperature" else BAD[2:]:
+            broken = arrays | {name: arrays[name].copy()}
+            broken[name][OUT] = bad
+            value, gradients = step(broken)
+            np.testing.assert_allclose(value, wanted, rtol=1e-6, err_msg=f"{name} {bad}")
+            for of, x in gradients.items():
+                expected = np.asarray(wanted_gradients[of])
+                if of == name or (of == "weights" and out == "weights"):  # what a unit of its weight would cost
+                    x, expected = x[~OUT], expected[~OUT]
+                np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6, err_msg=f"{of} beside {name} {bad}")
+            if name != "weights":
+                np.testing.assert_array_equal(np.asarray(gradients[name])[OUT], 0, err_msg=f"{name} {bad}")
+
+
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+def test_a_row_of_weight_0_keeps_its_numbers(form):
+    """A class of logit −inf is no reason to leave it out: its loss is the gradient of its weight, its record stays."""
+    z = np.float32([[1, -np.inf, 2]])
+
+    def loss(weights):
+        options = {"implementation": form, "weights": weights, "return_aux": True}
+        losses, aux = jaxce.softmax_cross_entropy(z, np.array([0]), **options)
+        return jnp.sum(losses), aux
+
+    gradient, aux = jax.grad(loss, has_aux=True)(jnp.zeros(1))
+    lse = np.log(np.exp(1.0) + np.exp(2.0))
+    p = np.exp([1 - lse, 2 - lse])
+    np.testing.assert_allclose(gradient, [lse - 1], rtol=1e-6)
+    np.testing.assert_allclose(aux.nll, [lse - 1], rtol=1e-6)
+    np.testing.assert_allclose(aux.log_normalizer, [lse], rtol=1e-6)
+    np.testing.assert_allclose(aux.entropy, [-np.sum(p * np.log(p))], rtol=1e-6)
+    assert aux.prediction == 2
+
+
+def test_the_gradient_of_a_gradient_passes_over_a_label_that_is_ignored():
+    """Its logit counts as 0, far above all others of the row."""
+
+    def f(z):
+        return jaxce.softmax_cross_entropy(z, jnp.array([-1, 1]), ignore_index=-1, reduction="sum")
+
+    z = jnp.full((2, 4), -100.0)
+    hessian = jax.grad(lambda z: jnp.sum(jax.grad(f)(z) ** 2))(z)
+    np.testing.assert_array_equal(hessian[0], 0)
+    p, t = np.full(4, 0.25), np.eye(4)[1]
+    np.testing.assert_allclose(hessian[1], 2 * (p * (p - t) - p * np.sum(p * (p - t))), rtol=1e-5)
