@@ -209,7 +209,7 @@ class Trainer:
         Small crops take half the time, and no crop shows the whole image, so the network learns more slowly by heart;
         the last epochs bring it back to what it is tested on.
         """
-        side = self.data.train_images.shape[1]
+        side: int = self.data.train_images.shape[1]
         if epoch > RECIPES[self.settings.recipe].small_crops * self.settings.epochs:
             return side
         return 8 * max(1, 3 * side // 32)  # three quarters, in steps of 8
