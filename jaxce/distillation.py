@@ -435,6 +435,8 @@ def gradient_of_classes(
     """In the student's logits of these classes, and what these classes add to that in the temperature."""
     logits, temperature = models.student, examples.temperature
     sides, row, kept, scale = of_rows
+    if temperature is not None:  # which is NaN where it is not positive
+        temperature = jnp.where(kept, temperature, jnp.ones_like(temperature))
     pair = compare(_effective(of, models, examples, kept), sides, temperature)
     student = gradient(of.divergence, pair, row)
     dz, dtemperature = scale[..., None] * student, None

@@ -18,7 +18,7 @@ from jaxce.gradient import factors, gradient, without_unused_tail
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import on_this_device, shard_count, shard_start, sum_over, vary, varying
+from jaxce.sharding import mask_like, on_this_device, shard_count, shard_start, sum_over, vary, varying
 from jaxce.stats import RowStats, Terms, finish, finite, merge_argmax, merge_shards, working_dtype
 from jaxce.sums import Rows, effective, row_stats, rows_of
 from jaxce.targets import Targets
@@ -293,7 +293,9 @@ def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: 
         terms_of, rows = softmax_terms, reverse_mode_only(rows)
     terms = terms_of(options, *rows)
     if examples.temperature is not None and examples.offset is not None:
-        terms = terms._replace(log_normalizer=terms.log_normalizer + examples.offset / examples.temperature)
+        # A NaN is in the log-normalizer already, and must not turn a cotangent of 0 into NaN.
+        temperature = jnp.where(jnp.isnan(examples.temperature), 1, examples.temperature)
+        terms = terms._replace(log_normalizer=terms.log_normalizer + examples.offset / temperature)
     counts = who_counts(options, examples, shared, terms.log_normalizer, classes)
     unweighted = prediction = None
     if (without := of_nll(options, *rows[1:])) is not None:
@@ -312,7 +314,9 @@ def _without_bad(
     NaN by never computing with one.
     """
     z = effective(options, Rows(logits, where=examples.where)).astype(largest.dtype)
-    none = z == -jnp.inf  # a class of probability 0 is sound
+    none = z == -jnp.inf  # a class of probability 0 is sound, but where smoothing gives it some
+    if options.label_smoothing:
+        none &= False if examples.where is None else ~mask_like(examples.where, z)
     bad = ~jnp.all(none | jnp.isfinite(largest[..., None] - z), -1)
     bad = (sum_over(bad.astype(jnp.int32), options.axis_name) > 0) | ~jnp.isfinite(largest)
     examples = usable_probs(options, examples, counts)

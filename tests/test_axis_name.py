@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxce
 from jaxce import SparseTargets, linear_cross_entropy, softmax_cross_entropy
-from jaxce.linear import chips
+from jaxce.linear import chips, distillation
 from jaxce.versions import varying_axes
 from tests import oracle
 from tests.pairwise import pairwise
@@ -331,29 +331,34 @@ def test_classes_on_an_axis_counted_from_the_end(vocab_axis, shape, spec):
         assert jax.eval_shape(loss, h, k, np.zeros(8, np.int32)).shape == (8,)
 
 
-def test_hidden_states_that_were_gathered_beside_whole_labels(rng):
-    """Which vary over the devices of the classes, as counts made of them do, in blocks of tokens too."""
+@pytest.mark.parametrize("asked", ["all devices", "one device"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "divergence"])
+def test_hidden_states_that_were_gathered_beside_whole_labels(rng, loss, asked, monkeypatch):
+    """Which vary over the devices of the classes, in blocks of tokens too: their counts do not."""
     args = linear_arguments(rng, "index", v=32)
     h, k, labels = np.asarray(args["hidden"])[:8], np.asarray(args["kernel"]), np.asarray(args["targets"])[:8]
     ignored = int(labels[0])
+    monkeypatch.setattr(distillation, "_KEPT", dict.fromkeys(distillation._KEPT, 64))
+    monkeypatch.setattr(distillation, "_LEAST", 1)
 
-    def loss(h, k, labels, axis=None):
-        if axis:
-            h = lax.all_gather(h, axis, tiled=True)
-        value = linear_cross_entropy(h, k, labels, axis_name=axis, reduction="mean", ignore_index=ignored)
-        return lax.pmean(value, axis) if axis else value
+    def value(h, k, axis=None):
+        options = {"axis_name": axis, "reduction": "mean", "mode": "store"}
+        if loss == "divergence":
+            return jaxce.linear_distillation_loss(h, k, jnp.sin(h), jnp.cos(k), **options)
+        return linear_cross_entropy(h, k, labels, ignore_index=ignored, **options)
+
+    def split(h, k):
+        found = value(lax.all_gather(h, "v", tiled=True), k, "v")
+        if asked == "all devices":
+            return lax.pmean(found, "v")
+        return lax.psum(jnp.where(lax.axis_index("v") == 0, found, 0), "v")
 
     with blocks("store", 3, 4):
-        wanted = jax.jit(jax.grad(loss, (0, 1)))(h, k, labels)
-        mapped = jax.shard_map(
-            functools.partial(jax.grad(loss, (0, 1)), axis="v"),
-            mesh=mesh_of(4),
-            in_specs=(P("v"), P(None, "v"), P()),
-            out_specs=(P("v"), P(None, "v")),
-        )
-        found = jax.jit(mapped)(h, k, labels)
+        wanted = jax.jit(jax.grad(value, (0, 1)))(h, k)
+        specs = P("v"), P(None, "v")
+        found = jax.jit(jax.shard_map(jax.grad(split, (0, 1)), mesh=mesh_of(4), in_specs=specs, out_specs=specs))(h, k)
     for a, b in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=100 * EPS, atol=100 * EPS)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_classes_split_over_chips_that_retile(rng):

@@ -126,6 +126,42 @@ def test_what_does_not_count_leaves_no_trace(case, rng):
                 np.testing.assert_array_equal(np.asarray(gradients[name])[OUT], 0, err_msg=f"{name} {bad}")
 
 
+def test_a_bad_temperature_of_a_row_that_the_caller_leaves_out(rng):
+    """By a select, of which the losses know nothing: its gradients are exactly 0, and so all of them are finite."""
+    arrays = arrays_of(rng, "index")
+    arrays["temperature"][OUT] = [0, np.nan]
+    h, k, T = (jnp.asarray(arrays[name]) for name in ("hidden", "kernel", "temperature"))
+    labels, teacher = INDICES[:, 0], np.cos(np.arange(N * V, dtype=np.float32)).reshape(N, V)
+    other = np.float32(np.eye(D, V))
+    losses = {
+        "dense": lambda h, k, T: jaxce.softmax_cross_entropy(h @ k, labels, temperature=T, z_loss=0.1),
+        "ids": lambda h, k, T: jaxce.log_probs(h @ k, labels, temperature=T),
+        "divergence": lambda h, k, T: jaxce.distillation_loss(h @ k, teacher, temperature=T),
+        "linear": lambda h, k, T: jaxce.linear_cross_entropy(h, k, labels, temperature=T, z_loss=0.1),
+        "linear ids": lambda h, k, T: jaxce.linear_log_probs(h, k, labels, temperature=T),
+        "linear divergence": lambda h, k, T: jaxce.linear_distillation_loss(h, k, h, other, temperature=T),
+    }
+    for name, loss in losses.items():
+        of_kept = jax.grad(lambda h, k, T, loss=loss: jnp.sum(jnp.where(OUT, 0, loss(h, k, T))), (0, 1, 2))
+        found = jax.jit(of_kept)(h, k, T)
+        wanted = of_kept(h, k, jnp.where(OUT, 1, T))
+        for x, expected in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(found[2][OUT], 0, err_msg=name)
+
+
+def test_smoothing_over_a_class_of_probability_0_in_a_row_left_out():
+    z, labels = jnp.array([[1.0, 2, 0], [1, -np.inf, 0]]), jnp.array([0, -1])
+
+    def loss(weights, form):
+        options = {"ignore_index": -1, "label_smoothing": 0.1, "reduction": "mean", "implementation": form}
+        return jaxce.softmax_cross_entropy(z, labels, class_weights=weights, **options)
+
+    found = [jax.grad(loss)(jnp.ones(3), form) for form in IMPLEMENTATIONS]
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+
+
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
 def test_a_row_of_weight_0_keeps_its_numbers(form):
     """A class of logit −inf is no reason to leave it out: its loss is the gradient of its weight, its record stays."""

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared, checked
@@ -156,14 +157,18 @@ def prepared(
     hidden, kernel, _ = projection
     shape = (*hidden.shape[:-1], kernel.shape[schedules[0].vocab_axis])
     classes = blocks.participating(examples.where, shape, schedules[0].forward_v, options.axis_name)
-    like = jnp.sum(hidden, -1).astype(working_dtype(matmul_dtype(hidden.dtype, kernel.dtype)))
+    like = of_rows(hidden, working_dtype(matmul_dtype(hidden.dtype, kernel.dtype)), options)
     counts = who_counts(options, examples, shared, like, classes)
     projection = projection._replace(hidden=_without_unused_of(options, hidden, examples, shared, counts))
     examples = usable_temperature(options, examples, counts)
     projection, examples, shared = mesh.vary_by_kind(options, projection, examples, shared)
-    return Prepared(
-        projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared, counts))
-    )
+    return Prepared(projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared)))
+
+
+def of_rows(hidden: Array, dtype: DTypeLike, options: Options) -> Array:
+    """Numbers of the shape and the type of what belongs to rows: the same on all devices of the classes."""
+    like = lax.stop_gradient(jnp.sum(hidden, -1)).astype(dtype)
+    return lax.pmax(like, options.axis_name) if options.axis_name else like
 
 
 def _without_unused_of(options: Options, hidden: Array, examples: Examples, shared: Shared, counts: Counts) -> Array:

@@ -38,7 +38,7 @@ from jaxce.distillation import (
 )
 from jaxce.divergence import Models, Side, Sums, side_of
 from jaxce.linear import VocabAxis, blocks, costs, mesh
-from jaxce.linear.arguments import check_mode, checked_projection, without_unused
+from jaxce.linear.arguments import check_mode, checked_projection, of_rows, without_unused
 from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, put_or_add, take
 from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.linear.store import only_asked, scaled, those_asked
@@ -233,7 +233,7 @@ def _weighted_sum(plans: Plans, of: Distillation, tokens: Tokens, weights: Array
             value = zero_if_too_large(_forward(plan, of, part, keep=plan.keeps)[0], own == 0)
             return total + jnp.sum(own * value)
 
-        zero = vary(jnp.zeros((), weights.dtype), varying(tokens) - set(of.options.axis_name) | varying(weights))
+        zero = vary(jnp.zeros((), weights.dtype), varying(tokens, weights) - set(of.options.axis_name))
         return over_blocks(len(weights), plan.student.block_n or len(weights), block, zero)
 
     total: Array = by_platform(plans, forward, tokens, weights)
@@ -271,7 +271,7 @@ def _weighted_sum_fwd(
                 of_temperature,
             )
 
-        rows = varying(tokens) - set(of.options.axis_name) | varying(weights)
+        rows = varying(tokens, weights) - set(of.options.axis_name)
         dtype, (hidden, *shared) = weights.dtype, tokens.models.student
         total, divergences, dhidden = (jnp.zeros(s, dtype) for s in ((), weights.shape, hidden.shape))
         dtemperature = None if tokens.examples.temperature is None else divergences
@@ -529,7 +529,7 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
     *batch, _ = models.student.hidden.shape
     V, options = models.student.kernel.shape[plans[0].student.vocab_axis], of.options
     classes = blocks.participating(examples.where, (*batch, V), plans[0].student.forward_v, options.axis_name)
-    like = jnp.sum(models.student.hidden, -1).astype(_working(models))
+    like = of_rows(models.student.hidden, _working(models), options)
     counts = who_counts(options, examples, Shared(), like, classes)
     examples = usable_temperature(options, examples, counts)
     teacher = jax.tree.map(lax.stop_gradient, models.teacher)

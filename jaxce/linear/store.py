@@ -49,7 +49,7 @@ def loss(
     The divisor of a mean comes first, so that gradients are divided by it before they are rounded.
     """
     arguments = reverse_mode_only((projection, examples, shared))
-    rows = row_axes(options, *arguments, counts)
+    rows = row_axes(options, *arguments)
     divisor, nothing = mean_divisor(options, counts)
     sums = dataclasses.replace(options, reduction="sum", batch_axis_name=())
     total, aux = _summed_loss(schedules, sums, *arguments, counts, vary(divisor, rows))
@@ -251,7 +251,7 @@ def _forward(
 
         return add(state) if order is None else lax.cond(start < used, add, lambda state: state, state)
 
-    total, rows = vary((jnp.zeros((), dtype), jnp.zeros((n,), dtype)), row_axes(options, *arguments, counts))
+    total, rows = vary((jnp.zeros((), dtype), jnp.zeros((n,), dtype)), row_axes(options, *arguments))
     projection, of_examples, of_all = jax.tree.map(
         lambda x: jnp.zeros_like(x, dtype), _floats((Projection(hidden, kernel, bias), examples, shared))
     )
