@@ -1,7 +1,7 @@
 """Forward mode through a rule that only has a reverse mode is an error, and this one says what to do instead.
 
 `jax.custom_vjp` raises an error of its own, but not until the program is compiled, and it does not know of
-`implementation="autodiff"`. So a function with such a rule takes its argument through an identity whose tangent is
+`implementation="autodiff"`. So a function with such a rule takes its arguments through an identity whose tangent is
 never computed: reverse mode transposes it away, and anything that would compute it is told.
 """
 
@@ -25,7 +25,11 @@ Tree = TypeVar("Tree")
 def reverse_mode_only(tree: Tree) -> Tree:
     """The arrays themselves, which cannot be differentiated in forward mode."""
     _register_jet_rule()
-    same: Tree = jax.tree.map(lambda x: _argument_p.bind(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    leaves, structure = jax.tree.flatten(tree)
+    floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+    for i, x in zip(floats, _arguments_p.bind(*(leaves[i] for i in floats)), strict=True):
+        leaves[i] = x
+    same: Tree = jax.tree.unflatten(structure, leaves)
     return same
 
 
@@ -66,20 +70,20 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
     checks.fail(TypeError, "implementation", expected, "the default, 'xla'", hint)
 
 
-def _jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    # The primal itself: a derivative of this derivative must not meet the identity again.
-    (x,), (t,) = primals, tangents
-    return x, t if isinstance(t, ad.Zero) else _tangent_p.bind(t)
+def _jvp(primals: list[Any], tangents: list[Any]) -> tuple[list[Any], list[Any]]:
+    # The primals themselves: a derivative of this derivative must not meet the identity again, in any argument.
+    return list(primals), [t if isinstance(t, ad.Zero) else _tangent_p.bind(t) for t in tangents]
 
 
-_argument_p, _tangent_p = Primitive("reverse_mode_only"), Primitive("reverse_mode_only_tangent")
-for _p in _argument_p, _tangent_p:
-    _p.def_abstract_eval(lambda x: x)
-batching.defvectorized(_argument_p)
+_arguments_p, _tangent_p = Primitive("reverse_mode_only"), Primitive("reverse_mode_only_tangent")
+_arguments_p.multiple_results = True
+_arguments_p.def_abstract_eval(lambda *xs: list(xs))
+_tangent_p.def_abstract_eval(lambda x: x)
+batching.primitive_batchers[_arguments_p] = lambda xs, axes: (_arguments_p.bind(*xs), axes)
 batching.primitive_batchers[_tangent_p] = _refuse
-_argument_p.def_impl(lambda x: x)
-mlir.register_lowering(_argument_p, mlir.lower_fun(lambda x: x, multiple_results=False))
-ad.primitive_jvps[_argument_p] = _jvp
+_arguments_p.def_impl(lambda *xs: list(xs))
+mlir.register_lowering(_arguments_p, mlir.lower_fun(lambda *xs: list(xs), multiple_results=True))
+ad.primitive_jvps[_arguments_p] = _jvp
 _tangent_p.def_impl(_refuse)
 mlir.register_lowering(_tangent_p, _refuse)
 ad.primitive_transposes[_tangent_p] = lambda ct, _: [ct]
@@ -90,4 +94,4 @@ ad.primitive_jvps[_tangent_p] = _refuse
 def _register_jet_rule() -> None:
     from jax.experimental import jet
 
-    jet.jet_rules[_argument_p] = _refuse
+    jet.jet_rules[_arguments_p] = _refuse

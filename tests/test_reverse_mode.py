@@ -87,3 +87,20 @@ def test_what_does_not_pass_the_rule_has_a_forward_mode():
     weights = jnp.array([0.5, 2.0])
     _, slope = jax.jvp(lambda w: jaxce.softmax_cross_entropy(POINT, LABELS, weights=w), (weights,), (jnp.ones(2),))
     np.testing.assert_array_equal(slope, jaxce.softmax_cross_entropy(POINT, LABELS))
+
+
+def test_forward_mode_of_a_gradient_in_another_argument():
+    """As of one in the same: mixed second derivatives, by forward and by reverse mode."""
+    z, k, labels = jnp.array([[1.0, 2, 0]]), jnp.arange(6.0).reshape(3, 2), jnp.array([0])
+
+    def dense(z, T):
+        return jaxce.softmax_cross_entropy(z, labels, temperature=T, reduction="sum")
+
+    def linear(z, k):
+        return jaxce.linear_cross_entropy(z, k, labels, reduction="mean")
+
+    for loss, x in (dense, jnp.float32(2)), (linear, k):
+        forward, reverse = (jac(jax.grad(loss), 1)(z, x) for jac in (jax.jacfwd, jax.jacrev))
+        np.testing.assert_allclose(forward, reverse, rtol=1e-5, atol=1e-6)
+        with pytest.raises(TypeError, match="implementation='autodiff'"):
+            jax.jacfwd(loss, 1)(z, x)
