@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.serialization import serializable
-from jaxce.sharding import sum_over
+from jaxce.sharding import explicitly_sharded, sum_over
 from jaxce.stats import Terms, times
 from jaxce.targets import class_weight_at, entry_probs, nan_where_unknown
 
@@ -187,7 +187,11 @@ def _class_weight_of_examples(options: Options, examples: Examples, class_weight
         return jnp.sum(_weighted_entries(options, examples.indices, examples.probs, class_weights), -1)
     assert examples.probs is not None  # targets are either indices or probabilities
     probs = examples.probs.astype(class_weights.dtype)
-    return sum_over(jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1), options.axis_name)
+    # A product over a sharded axis would have to be told how its result is sharded, and one of `usable_probs` takes a
+    # copy of them. The sum takes more time and memory.
+    if explicitly_sharded(probs) or _may_be_unused(options, examples):
+        return sum_over(jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1), options.axis_name)
+    return sum_over(jnp.matmul(probs, class_weights, precision="highest"), options.axis_name)
 
 
 def reduce(options: Options, loss: Array, counts: Counts) -> Array:
