@@ -314,12 +314,13 @@ def _without_bad(
     NaN by never computing with one.
     """
     z = effective(options, Rows(logits, where=examples.where)).astype(largest.dtype)
-    none = z == -jnp.inf  # a class of probability 0 is sound, but where smoothing gives it some
-    if options.label_smoothing:
-        none &= False if examples.where is None else ~mask_like(examples.where, z)
+    none = z == -jnp.inf  # a class of probability 0 is sound
     bad = ~jnp.all(none | jnp.isfinite(largest[..., None] - z), -1)
     bad = (sum_over(bad.astype(jnp.int32), options.axis_name) > 0) | ~jnp.isfinite(largest)
     examples = usable_probs(options, examples, counts)
+    if options.label_smoothing:  # which is infinite at such a class
+        some = ~(counts.unused[..., None] & none)
+        examples = examples._replace(where=some if examples.where is None else mask_like(examples.where, z) & some)
     if examples.indices is None and (probs := examples.probs) is not None:  # such a class has an infinite term
         infinite = counts.unused & jnp.any(none & (probs != 0), -1)
         examples = examples._replace(probs=jnp.where(infinite[..., None], jnp.zeros_like(probs), probs))
