@@ -436,7 +436,7 @@ def gradient_of_classes(
     logits, temperature = models.student, examples.temperature
     sides, row, kept, scale = of_rows
     if temperature is not None:  # which is NaN where it is not positive
-        temperature = jnp.where(kept, temperature, jnp.ones_like(temperature))
+        temperature = jnp.where(kept, temperature, 1)
     pair = compare(_effective(of, models, examples, kept), sides, temperature)
     student = gradient(of.divergence, pair, row)
     dz, dtemperature = scale[..., None] * student, None

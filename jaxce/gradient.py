@@ -123,7 +123,7 @@ def gradient(
             by_class = jnp.sum(taking_part(times(share, surprise)), batch)
             dweights = by_class if dweights is None else dweights + by_class
     if rows.temperature is not None:
-        dz = taking_part(dz) / _one_if(of.dead[..., None], rows.temperature)
+        dz = taking_part(dz) / jnp.where(of.dead[..., None], 1, rows.temperature)  # NaN where it is not positive
         dtemperature = -jnp.sum(times(dz, z), -1)
     if options.logit_softcap is not None:
         t = jnp.tanh(_alive(of.dead, logits.astype(dtype)) / options.logit_softcap)
@@ -134,11 +134,6 @@ def gradient(
 
 def _alive(dead: Array, x: Array) -> Array:
     return jnp.where(dead.reshape(dead.shape + (1,) * (x.ndim - dead.ndim)), jnp.zeros_like(x), x)
-
-
-def _one_if(dead: Array, temperature: Array) -> Array:
-    """Which is NaN where it is not positive."""
-    return jnp.where(dead, jnp.ones_like(temperature), temperature)
 
 
 def _at_targets(

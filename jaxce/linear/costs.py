@@ -37,9 +37,7 @@ class Problem:
     weights: bool
     class_weights: bool
     mask_per_token: bool
-    narrow_probs: bool = (
-        False  # probabilities [N, V] narrower than the working dtype, as which their gradient is added up
-    )
+    narrow_probs: bool = False  # probabilities [N, V] of another than the working dtype, which their gradient has
 
     @property
     def matmul(self) -> jnp.dtype:
