@@ -8,10 +8,12 @@ never computed: reverse mode transposes it away, and anything that would compute
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.interpreters import ad, batching, mlir
 
 from jaxce import checks
@@ -56,6 +58,20 @@ def materialised(cts: Tree) -> Tree:
 
     arrays: Tree = jax.tree.map(array, cts, is_leaf=is_symbolic_zero)
     return arrays
+
+
+def jvp(f: Callable[..., Tree], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Tree, Tree]:
+    """`jax.jvp`, which computes nothing for tangents that are symbolic zeros."""
+    xs, structure = jax.tree.flatten(primals)
+    dxs = jax.tree.leaves(tangents, is_leaf=is_symbolic_zero)
+    moving = [i for i, dx in enumerate(dxs) if is_used(dx)]
+
+    def of_moving(*moved: Array) -> Tree:
+        own = dict(zip(moving, moved, strict=True))
+        return f(*jax.tree.unflatten(structure, [own.get(i, x) for i, x in enumerate(xs)]))
+
+    values, slopes = jax.jvp(of_moving, [xs[i] for i in moving], [dxs[i] for i in moving])
+    return values, slopes
 
 
 # --- the identity -----------------------------------------------------------------------------------------------------

@@ -568,6 +568,38 @@ def test_second_derivatives(rng, mode):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_mixed_second_derivatives(rng, mode):
+    """Of the gradient in one argument alone, in all the others: as a program does that learns its weights.
+
+    Blocks whose tokens all have weight 0 add nothing to a gradient, but their share in it grows with the weight.
+    """
+    args = arguments(rng)
+    args["weights"][rng.permutation(N)[: N - 3]] = 0
+    point = {name: jnp.asarray(x) for name, x in floats(args).items()}
+    direction = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in point.items()}
+
+    def slopes(f):
+        def in_the_others(name, x):
+            def along(others):
+                own = jax.grad(lambda own: f(joined(others | {name: own}, args), reduction="sum"))(x[name])
+                return jnp.vdot(own, direction[name])
+
+            return jax.grad(along)({other: x[other] for other in x if other != name})
+
+        return jax.jit(lambda x: {name: in_the_others(name, x) for name in x})(point)
+
+    with blocks(mode):
+        actual = slopes(fused)
+    wanted = slopes(dense)
+    for name, other in itertools.permutations(point, 2):
+        slope = wanted[name][other]
+        np.testing.assert_allclose(
+            actual[name][other], slope, rtol=1e-4, atol=1e-4 * np.abs(slope).max(), err_msg=f"{name}, {other}"
+        )
+
+
 def test_forward_mode(rng):
     args = arguments(rng)
     point = args["hidden"]

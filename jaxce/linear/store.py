@@ -27,13 +27,14 @@ from jaxce.linear.blocks import Schedule, Schedules, by_platform, over_blocks, p
 from jaxce.linear.chips import Gpu
 from jaxce.linear.costs import Problem
 from jaxce.linear.mesh import row_axes
-from jaxce.reverse_mode import is_symbolic_zero, is_used, materialised, reverse_mode_only
+from jaxce.reverse_mode import is_symbolic_zero, is_used, jvp, materialised, reverse_mode_only
 from jaxce.sharding import shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finish, finite, matmul_dtype, times, working_dtype
 
 Sum = tuple[Array, CrossEntropyAux | None]
 Tree = TypeVar("Tree")
 Arguments = tuple[Projection, Examples, Shared]  # or gradients in them
+Forward = tuple[Array, CrossEntropyAux | None, Arguments]
 
 
 def loss(
@@ -90,7 +91,7 @@ def _summed_fwd(
     schedules: Schedules, options: Options, projection: Any, examples: Any, shared: Any, counts: Any, divisor: Any
 ) -> tuple[Sum, tuple[Any, ...]]:
     # A token of weight 0 has no part in any gradient but that of its weight, which is its loss.
-    unweighted = examples.weights is None or not examples.weights.perturbed
+    unweighted = examples.weights is not None and not examples.weights.perturbed
     given = jax.tree.map(lambda x: x.value, ((projection, examples, shared), counts, divisor))
     arguments, counts, divisor = given
     rows = row_axes(options, *arguments)
@@ -105,7 +106,8 @@ def _summed_fwd(
         if without is not None:
             records = records[0], vocabulary.no_classes(without[0], projection, without[1])
         records = vary(jax.tree.map(jnp.zeros_like, records), rows)
-        return *_forward(schedule, options, arguments, counts, divisor, unweighted), records
+        forward = _forward_of_used if unweighted else _forward
+        return *forward(schedule, options, arguments, counts, divisor), records
 
     def recomputed(schedule: Schedule, arguments: Arguments, counts: Counts, divisor: Array) -> tuple[Any, ...]:
         (loss, aux), records = _recomputed_sum((schedule,) * 3, options, arguments, counts, divisor, rule=False)
@@ -210,8 +212,8 @@ def _forward(
     arguments: Arguments,
     counts: Counts,
     divisor: Array,
-    unweighted: bool,
-) -> tuple[Array, CrossEntropyAux | None, Arguments]:
+    unweighted: bool = False,
+) -> Forward:
     """The sum of the losses over the divisor, the aux record, and the gradients of the former in the working dtype.
 
     With `unweighted`, the gradient in the weights is not wanted of tokens whose weight is 0.
@@ -267,6 +269,23 @@ def _forward(
     return state.total, state.aux, (Projection(of_tokens[0], sums.kernel, sums.bias), of_tokens[1], sums.shared)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _forward_of_used(
+    schedule: Schedule, options: Options, arguments: Arguments, counts: Counts, divisor: Array
+) -> Forward:
+    return _forward(schedule, options, arguments, counts, divisor, unweighted=True)
+
+
+def _forward_of_used_jvp(
+    schedule: Schedule, options: Options, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Forward, Forward]:
+    """Of all tokens: the other gradients of a token vary with its weight, and do where that is 0."""
+    return jvp(functools.partial(_forward, schedule, options), primals, tangents)
+
+
+_forward_of_used.defjvp(_forward_of_used_jvp, symbolic_zeros=True)
+
+
 def _used_first(
     options: Options, hidden: Array, examples: Examples, counts: Counts, unweighted: bool
 ) -> tuple[tuple[Array, Examples, Counts], Array | None]:
@@ -276,7 +295,7 @@ def _used_first(
     """
     tokens = hidden, examples, counts
     heavy = examples.indices is None or (examples.where is not None and examples.where.shape[0] > 1)
-    if heavy or (options.ignore_index is None and (examples.weights is None or not unweighted)):
+    if heavy or (options.ignore_index is None and not unweighted):
         return tokens, None
     order = jnp.argsort(counts.unused if unweighted else ~counts.counted, stable=True)
     return jax.tree.map(lambda x: x if x.shape[0] == 1 else jnp.take(x, order, axis=0), tokens), order
