@@ -388,7 +388,7 @@ def split_over(name: str, x: jax.Array, axis_name: tuple[str, ...], what: str) -
 
 
 def one_of(name: str, x: Any, choices: Sequence[Any]) -> None:
-    if not any(x is c or (isinstance(x, str) and x == c) for c in choices):
+    if not any(x is c or (isinstance(x, (str, np.integer)) and x == c) for c in choices):
         words = [c for c in choices if isinstance(c, str)]
         nearest = _nearest("none" if x is None else x, words) if x is None or isinstance(x, str) else ""
         hint = f"Did you mean {nearest!r}?" if nearest else ""

@@ -708,6 +708,11 @@ def test_softcap_takes_python_and_numpy_numbers(cap):
     np.testing.assert_allclose(loss(logit_softcap=cap), np.log(3), rtol=1e-6)
 
 
+@pytest.mark.parametrize("vocab_axis", [np.int64(1), np.int32(-1), np.array(1)[()]])
+def test_vocab_axis_takes_numpy_integers(vocab_axis):
+    np.testing.assert_array_equal(linear(vocab_axis=vocab_axis), linear(vocab_axis=1))
+
+
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int4", "uint4"])
 def test_labels_of_every_integer_dtype(dtype):
     np.testing.assert_allclose(loss(targets=jnp.asarray(LABELS).astype(dtype)), np.log(3), rtol=1e-6)

@@ -32,6 +32,12 @@ def softmax(logits):
     return e / e.sum(-1, keepdims=True)
 
 
+def test_a_report_is_finished_outside_of_jit():
+    for f in diagnostics.report, lambda z, y: diagnostics.finish(diagnostics.summarize(z, y)):
+        with pytest.raises(TypeError, match=r"^summary: expected numbers; got a traced summary. Return the summary"):
+            jax.jit(f)(jnp.eye(3), jnp.array([0, 1, 2]))
+
+
 # Beside guessing.
 
 

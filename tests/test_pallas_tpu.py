@@ -143,6 +143,24 @@ def test_overflow_is_passed_over_where_nothing_depends_on_it(rng):
     assert not np.any(found[0][7])
 
 
+def test_class_weights_without_a_bias(rng):
+    """Of the sums by class there are as many as arguments that have a gradient by class."""
+    args = arguments(rng, "index", (N,), v=V)
+    given = args["hidden"], args["kernel"], jnp.asarray(args["class_weights"])
+
+    def loss(implementation, hidden, kernel, class_weights):
+        return jaxce.linear_cross_entropy(
+            *(hidden, kernel, args["targets"]), class_weights=class_weights, label_smoothing=0.1, reduction="sum",
+            implementation=implementation
+        )  # fmt: skip
+
+    with interpreted():
+        found = jax.grad(functools.partial(loss, "pallas_tpu"), (0, 1, 2))(*given)
+    wanted = jax.grad(functools.partial(loss, None), (0, 1, 2))(*given)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2000 * EPS, atol=2000 * EPS * np.abs(b).max())
+
+
 @pytest.mark.parametrize("dtypes", [(jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32)])
 def test_narrow_numbers(rng, dtypes):
     """Products are of the wider dtype; dz and the results are rounded once."""

@@ -178,6 +178,7 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
       A `Report`.
 
     Raises:
+      TypeError: inside of a transformation.
       ValueError: no example counts, or the names are not as many as the classes.
 
     Example:
@@ -190,6 +191,9 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
     Note:
       Computed from the sums in float64.
     """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(summary)):
+        hint = "Return the summary from the function that is compiled, and finish it outside."
+        checks.fail(TypeError, "summary", "numbers", "a traced summary", hint)
     s: Any = jax.tree.map(np.asarray, summary)
     s = jax.tree.map(lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x, s)
     if s.examples == 0:
@@ -307,7 +311,7 @@ def report(
       class makes the numbers it enters NaN.
 
     Raises:
-      TypeError, ValueError: an argument of the wrong dtype, shape or range, or no example counts.
+      TypeError, ValueError: an argument of the wrong dtype, shape or range, or no example counts; inside of jit.
 
     Example:
       >>> import jax.numpy as jnp

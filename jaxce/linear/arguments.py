@@ -98,7 +98,7 @@ def checked_projection(
     hidden = checks.float_array(f"{prefix}hidden", hidden, targets, targets_name)
     kernel = checks.float_array(f"{prefix}kernel", kernel, targets, targets_name)
     checks.one_of(f"{prefix}vocab_axis", vocab_axis, (0, 1, -2, -1))
-    vocab_axis %= 2
+    vocab_axis = int(vocab_axis) % 2
     checks.kernel(kernel, hidden.shape[-1], vocab_axis, prefix)
     V = kernel.shape[vocab_axis]
     checks.num_classes(f"{prefix}kernel", V)
