@@ -2,6 +2,7 @@
 
     python -m tests.sweep --cases 1000 --seed 1
     python -m tests.sweep --seed 1 --only 123
+    python -m tests.sweep --cases 300 --platform tpu
 
 A case is drawn from its seed and number alone. What it should give is worked out in NumPy from `tests.oracle`, and
 what may be off follows from the arithmetic that jaxce promises; `Truth` says how.
@@ -34,6 +35,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxce
+from jaxce import on_cpu
 from jaxce.linear import distillation
 from tests import oracle
 from tests.interpreting import interpreted
@@ -1361,13 +1363,37 @@ def _row_mask(case: Case, rows: np.ndarray, name: str) -> np.ndarray:
     return np.moveaxis(np.broadcast_to(rows[..., None], moved.shape), -1, axis)
 
 
-def failures(seed: int, indices: Any, show: Any = None) -> dict[int, list[str]]:
-    """The cases that fail, by number."""
+@contextlib.contextmanager
+def computed_as(platform: str):
+    """What is computed on this platform, "gpu" or "tpu", on the CPU."""
+
+    def branch(*args: Any, default: Any, **branches: Any) -> Any:
+        return branches.get(platform, default)(*args)
+
+    jax.clear_caches()  # of programs that hold the branches of CPU
+    with (
+        mock.patch.object(jax.lax, "platform_dependent", branch),
+        mock.patch.object(on_cpu, "_on_one_device", return_value=False),
+    ):
+        yield
+    jax.clear_caches()
+
+
+def only_here(case: Case) -> bool:
+    """Whether the CPU lacks products that other platforms have, or the case is one of several platforms."""
+    factors = [x.dtype for name, x in (case.params | case.data).items() if name.endswith(("hidden", "kernel"))]
+    return case.transform == "export" or (case.function == "linear" and any(dtype.itemsize < 4 for dtype in factors))
+
+
+def failures(seed: int, indices: Any, show: Any = None, platform: str | None = None) -> dict[int, list[str]]:
+    """The cases that fail, by number; as `platform` computes them, those that the CPU can."""
     found = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), computed_as(platform) if platform else contextlib.nullcontext():
         warnings.simplefilter("ignore")
         for i in indices:
             case = draw(seed, i)
+            if platform and only_here(case):
+                continue
             try:
                 problems = check(case)
             except Exception as error:  # of the oracle
@@ -1388,6 +1414,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="the number of the first case")
     parser.add_argument("--only", type=int, help="the number of one case")
+    parser.add_argument("--platform", choices=("gpu", "tpu"), help="compute as on this one, whatever the CPU can")
     options = parser.parse_args(arguments)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -1404,7 +1431,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{i + 1} cases, {failed} failed, {time.monotonic() - start:.0f} s", flush=True)
 
     one = options.only
-    failures(options.seed, range(options.start, options.start + options.cases) if one is None else [one], show)
+    cases = range(options.start, options.start + options.cases) if one is None else [one]
+    failures(options.seed, cases, show, options.platform)
     print(f"{failed} failed, {time.monotonic() - start:.0f} s")
     return bool(failed)
 

@@ -19,9 +19,19 @@ FIRST = CHUNKS * EACH if jax.__version_info__ >= (0, 12) else 0  # other cases u
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_a_few_cases(chunk):
-    first = FIRST + chunk * EACH
-    found = sweep.failures(SEED, range(first, first + EACH))
-    lines = [f"python -m tests.sweep --seed {SEED} --only {i}\n  " + "\n  ".join(found[i]) for i in found]
+    run(FIRST + chunk * EACH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_few_cases_as_other_platforms_compute(platform):
+    run(FIRST + 1000, platform)
+
+
+def run(first: int, platform: str | None = None) -> None:
+    found = sweep.failures(SEED, range(first, first + EACH), platform=platform)
+    command = f"python -m tests.sweep --seed {SEED}" + (f" --platform {platform}" if platform else "")
+    lines = [f"{command} --only {i}\n  " + "\n  ".join(problems) for i, problems in found.items()]
     assert not found, "\n".join(lines)
 
 
