@@ -395,6 +395,11 @@ def one_of(name: str, x: Any, choices: Sequence[Any]) -> None:
         fail(ValueError, name, "one of " + ", ".join(map(repr, choices)), repr(x), hint)
 
 
+def count(name: str, x: Any, least: int) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < least:
+        fail(ValueError, name, f"a Python int >= {least}", repr(x))
+
+
 def broadcastable(shape: Sequence[int], to: Sequence[int]) -> bool:
     """Whether `shape` broadcasts to exactly `to`."""
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))

@@ -42,7 +42,7 @@ def _probabilities(report: Any) -> str:
 
 
 def _chance(report: Any) -> str:
-    if report.classes == 1:
+    if report.classes == 1 or report.examples == 1:
         return ""
     # Where one label alone occurs, its frequency tells everything, which is no standard to be held to.
     guess = report.prior_chance or report.chance
@@ -89,7 +89,7 @@ def _confidence(report: Any) -> str:
         return ""
     gap = report.confidence - report.accuracy
     # The share of hits among n examples is itself known to within its standard error only.
-    noise = 2 * math.sqrt(max(report.accuracy * (1 - report.accuracy), 0) / report.examples)
+    noise = 2 * math.sqrt(max(report.accuracy * (1 - report.accuracy), 0) / report.effective_examples)
     if abs(gap) <= max(CALIBRATION_MARGIN, noise):
         return ""
     kind = "Overconfident" if gap > 0 else "Underconfident"

@@ -67,7 +67,7 @@ def _histogram(axes: Any, report: Any) -> None:
         xlabel="loss of an example (nats)",
         ylabel="examples",
         title="Losses of right and wrong predictions",
-        ylim=(0, 1.4 * max(1.0, float(np.nanmax(right + wrong)))),  # room for the legend, whatever the shape
+        ylim=(0, 1.4 * (float(np.nanmax(right + wrong)) or 1.0)),  # room for the legend, whatever the shape
     )
     axes.legend(loc="upper center", ncols=2)
     _few_ticks(axes.xaxis, *axes.get_xlim())
@@ -90,7 +90,8 @@ def _classes(axes: Any, report: Any) -> None:
     places = np.arange(len(shown))
     axes.barh(places, [c.loss for c in shown], color=RIGHT)
     axes.plot([c.chance for c in shown], places, "D", color="white", markeredgecolor="black")
-    axes.set_yticks(places, [c.name if len(c.name) <= 18 else c.name[:17] + "…" for c in shown])
+    names = [c.name if len(c.name) <= 18 else c.name[:17] + "…" for c in shown]
+    axes.set_yticks(places, names, parse_math=False)
     axes.invert_yaxis()
     some = f", the {MAX_CLASSES} of {len(seen):,} that cost most" if len(seen) > MAX_CLASSES else ""
     title = f"Loss by class{some} (◇ guessing by frequency)"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxce import checks
-from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes
+from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes, sums_by
 from jaxce.types import ArrayLike, takes_variables
 
 
@@ -70,7 +70,7 @@ def binned(made: Outcomes, num_bins: int) -> Calibration:
     which = jnp.searchsorted(bin_edges(num_bins, made.confidence.dtype)[1:-1], made.confidence)
 
     def by_bin(values: Array) -> Array:
-        return jnp.zeros(num_bins, values.dtype).at[which].add(made.weighted(values))
+        return sums_by(which, made.weighted(values), num_bins)
 
     return Calibration(by_bin(jnp.ones_like(made.nll)), by_bin(made.confidence), by_bin(made.hit))
 
@@ -115,9 +115,8 @@ def calibration(
       Guo et al., "On Calibration of Modern Neural Networks", 2017, equations 3 and 5. An ECE depends on the number
       of bins and is never quite 0 on finite data: compare it between models on the same examples.
     """
-    if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
-        checks.fail(ValueError, "num_bins", "a Python int >= 1", repr(num_bins))
-    found: Calibration = _calibration(*checked(logits, targets, weights, ignore_index), num_bins)
+    checks.count("num_bins", num_bins, 1)
+    found: Calibration = _calibration(*checked(logits, targets, weights, ignore_index), int(num_bins))
     return found
 
 

@@ -69,7 +69,8 @@ class Report:
     """What a loss value means. Losses are in nats; means are weighted if examples are.
 
     Attributes:
-      loss: the mean cross-entropy, and `standard_error`, how far it may be off by the choice of examples.
+      effective_examples: (Σ w)²/Σ w², how many examples of equal weight would tell as much.
+      loss: the mean cross-entropy, and `standard_error`, how far it may be off by the choice of examples (NaN for one).
       chance: the loss of guessing uniformly; `prior_chance`: of guessing with the class frequencies of these labels.
       skill: 1 − loss/chance; `prior_skill`: 1 − loss/prior_chance (NaN if there is one class only).
       accuracy: the share of right predictions; `accuracy_bound`: the least that goes with this loss.
@@ -83,6 +84,7 @@ class Report:
     """
 
     examples: int
+    effective_examples: float
     weight: float
     classes: int
     loss: float
@@ -122,12 +124,12 @@ class Report:
         return plots.plot(self)
 
     def __str__(self) -> str:
+        within = "" if self.examples == 1 else f" ± {self.standard_error:.4f}"
         rows = [
             ("examples", f"{self.examples:,} of {self.classes:,} classes"),
             (
                 "loss",
-                f"{self.loss:.4f} ± {self.standard_error:.4f} nats: {self.bits:.4f} bits, perplexity "
-                f"{self.perplexity:.4g}",
+                f"{self.loss:.4f}{within} nats: {self.bits:.4f} bits, perplexity {self.perplexity:.4g}",
             ),
             ("guessing", f"{self.chance:.4f} uniformly, {self.prior_chance:.4f} with the class frequencies"),
             ("skill", f"{self.skill:.4f} and {self.prior_skill:.4f} (0 is guessing, 1 is perfect)"),
@@ -179,7 +181,7 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
 
     Raises:
       TypeError: inside of a transformation.
-      ValueError: no example counts, or the names are not as many as the classes.
+      ValueError: no example counts, or 2³¹ or more; the names are not as many as the classes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -196,6 +198,9 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
         checks.fail(TypeError, "summary", "numbers", "a traced summary", hint)
     s: Any = jax.tree.map(np.asarray, summary)
     s = jax.tree.map(lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x, s)
+    if s.seen < 0:
+        hint = "Finish the summaries of parts of them."
+        checks.fail(ValueError, "summary", "at most 2**31 - 1 examples", "more, which wrapped around", hint)
     if s.examples == 0:
         hint = "All are ignored or weigh nothing."
         checks.fail(ValueError, "summary", "at least one example that counts", f"none among {int(s.seen):,}", hint)
@@ -211,7 +216,9 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
         weight = s.class_weight.sum() + s.unattributed
         loss = (s.right_loss + s.wrong_loss) / weight
         hits = s.class_hits.sum()
+        effective = weight**2 / s.weight_squares
         variance = np.maximum(s.loss_squares / weight - loss**2, 0)
+        error = np.sqrt(variance / (effective - 1)) if s.examples > 1 else math.nan
         frequency = s.class_weight / weight
         surprise = -np.log(frequency)
         prior_chance = float(np.sum(np.where(frequency == 0, 0, frequency * surprise))) + 0.0
@@ -223,10 +230,11 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
         edges = np.linspace(0, 1, len(gap) + 1)
         return Report(
             examples=int(s.examples),
+            effective_examples=float(effective),
             weight=float(weight),
             classes=size,
             loss=float(loss),
-            standard_error=float(np.sqrt(variance / s.examples)),
+            standard_error=float(error),
             perplexity=float(np.exp(loss)),
             bits=float(loss / np.log(2)),
             chance=chance,
@@ -304,7 +312,7 @@ def report(
       weights: numbers that broadcast to `[...]`, >= 0.
       ignore_index: examples with this label count nowhere.
       num_bins: of confidence.
-      num_costliest: how many of the examples with the largest losses to keep.
+      num_costliest: how many of the examples with the largest costs, weight times loss, to keep.
 
     Returns:
       A `Report`, which prints as a table; `to_dict()` and `plot()` give the rest. A NaN logit or a label that is no

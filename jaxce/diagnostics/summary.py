@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from jaxce import checks
-from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes
+from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes, sums_by
 from jaxce.diagnostics.reliability import Calibration, binned
 from jaxce.types import ArrayLike, takes_variables
 
@@ -42,11 +42,12 @@ class Costliest(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Sums over examples, weighted unless they are counts: a pytree of fixed size, however many examples it is of.
+    """Sums over examples, weighted unless they are counts: a pytree of fixed size, for up to 2³¹ − 1 examples.
 
     Attributes:
       seen: int32, all examples, those that do not count included.
       examples: int32, those that count.
+      weight_squares: the sum of squared weights.
       loss_squares: the sum of squared losses.
       brier: the sum of Brier scores.
       right_loss, wrong_loss: the sum of the losses of right, and of wrong predictions.
@@ -58,11 +59,12 @@ class Summary(NamedTuple):
       probability_rows: int32, rows of logits that look like probabilities.
       calibration: reliability bins.
       unattributed: 0, or NaN if an example's label was no class, so that no class can show it.
-      costliest: the examples with the largest losses.
+      costliest: the examples with the largest costs, weight times loss.
     """
 
     seen: Array
     examples: Array
+    weight_squares: Array
     loss_squares: Array
     brier: Array
     right_loss: Array
@@ -105,7 +107,7 @@ def summarize(
       top_k: count a prediction as right among the k largest logits; one or several k. None: 5 if there are more
         classes than that.
       num_bins: of confidence.
-      num_costliest: how many of the examples with the largest losses to keep.
+      num_costliest: how many of the examples with the largest costs, weight times loss, to keep.
 
     Returns:
       A `Summary`, which is a pytree: compute it under jit, sum up with `merge`.
@@ -133,8 +135,7 @@ def summarize(
         ("num_bins", num_bins, 1),
         ("num_costliest", num_costliest, 0),
     ):
-        if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < least:
-            checks.fail(ValueError, name, f"Python ints >= {least}", repr(x))
+        checks.count(name, x, least)
     top_k = tuple(sorted({int(k) for k in top_k}))
     record: Summary = _summarize(logits, labels, weights, ignore_index, top_k, int(num_bins), int(num_costliest))
     return record
@@ -158,13 +159,13 @@ def _summarize(
     right = made.hit == 1  # where it is unknown whether, the loss is NaN and counts as one of the wrong
 
     def by_class(values: Array, index: Array = made.label) -> Array:
-        return jnp.zeros(num_classes, values.dtype).at[index].add(values, mode="drop")
+        return sums_by(index, values, num_classes)
 
     def histogram(chosen: Array) -> Array:
         edges = jnp.asarray(LOSS_EDGES, made.nll.dtype)
         which = jnp.searchsorted(edges, made.nll, side="right")
         counted = made.weighted(jnp.where(chosen & ~unknown, ones, 0))
-        return jnp.zeros(len(LOSS_EDGES) + 1, ones.dtype).at[which].add(counted)
+        return sums_by(which, counted, len(LOSS_EDGES) + 1)
 
     def hits(k: int) -> Array:
         return made.total(jnp.where(unknown, made.nll, (made.rank < k).astype(ones.dtype)))
@@ -172,6 +173,7 @@ def _summarize(
     return Summary(
         seen=jnp.asarray(labels.shape[0], jnp.int32),
         examples=jnp.sum(made.used, dtype=jnp.int32),
+        weight_squares=made.total(made.weight),
         loss_squares=made.total(jnp.square(made.nll)),
         brier=made.total(made.brier),
         right_loss=made.total(jnp.where(right, made.nll, 0)),

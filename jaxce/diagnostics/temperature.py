@@ -45,8 +45,8 @@ def fit_temperature(
     Returns:
       One number, T. The lower bound if every prediction is right: then the loss falls for ever as T goes to 0. The
       upper bound if the logits are no better than guessing: then nothing beats T = ∞. NaN for a NaN logit, a row of
-      nothing but −inf, a label that is no class, or one whose logit is −inf (no T makes that loss finite). 1 if no
-      example counts, or every row's logits are equal.
+      nothing but −inf, a label that is no class, or one whose logit is −inf (no T makes that loss finite). 1, or
+      the bound next to it, if no example counts or every row's logits are equal.
 
     Raises:
       TypeError, ValueError: an argument of the wrong dtype, shape or range.
