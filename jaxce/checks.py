@@ -19,6 +19,8 @@ def fail(kind: type[Exception], name: str, expected: str, got: str, hint: str = 
 
 
 def describe(x: Any) -> str:
+    if isinstance(x, np.ma.MaskedArray):
+        return f"a masked array, {x.dtype} of shape {x.shape}"
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
         return f"{x.dtype} of shape {x.shape}"
     if isinstance(x, (int, float, complex)):
@@ -82,6 +84,8 @@ def as_array(x: Any) -> jax.Array:
 
 def is_array(x: Any) -> bool:
     """Whether `x` is an array of numbers or bools that JAX has a dtype for, or a Python number it takes for one."""
+    if isinstance(x, np.ma.MaskedArray):  # whose mask a JAX array would drop
+        return False
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
         if isinstance(x.dtype, np.dtype) and (not x.dtype.isnative or x.dtype in (np.longdouble, np.clongdouble)):
             return False
@@ -113,6 +117,8 @@ def float_array(name: str, x: Any, targets: Any = None, targets_name: str = "tar
 
 def convert(name: str, x: Any, dtype: str = "jnp.float32") -> str:
     """What to do about an array of the wrong dtype, or something that is no array."""
+    if isinstance(x, np.ma.MaskedArray):
+        return f"Fill it, {name}.filled(0), and give what is masked weight 0."
     if isinstance(x, (list, tuple)) or (isinstance(x, np.ndarray) and x.dtype == object):
         try:
             np.array(x.tolist() if isinstance(x, np.ndarray) else x)

@@ -8,13 +8,14 @@ are used, never multiplied away.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
+from jaxce.reverse_mode import jvp
 from jaxce.serialization import serializable
 from jaxce.sharding import explicitly_sharded, sum_over
 from jaxce.stats import Terms, times
@@ -77,7 +78,7 @@ def who_counts(
     unused = ~counted if examples.weights is None else weight == 0
     counts = Counts(classes, counted, weight, unused)
     if shared.class_weights is not None:
-        of_class = _class_weight_of_examples(options, usable_probs(options, examples, counts), shared.class_weights)
+        of_class = _class_weight_of_examples(options, examples, counts, shared.class_weights)
         counts = counts._replace(weight=jnp.where(counted, weight * of_class, jnp.zeros_like(weight)))
     return counts
 
@@ -89,8 +90,11 @@ def usable_probs(options: Options, examples: Examples, counts: Counts) -> Exampl
     """Of unused rows those that are not finite as 0."""
     if (probs := examples.probs) is None or not _may_be_unused(options, examples):
         return examples
-    gone = counts.unused[..., None] & ~jnp.isfinite(probs)
-    return examples._replace(probs=jnp.where(gone, jnp.zeros_like(probs), probs))
+    return examples._replace(probs=_without(probs, counts.unused))
+
+
+def _without(probs: Array, unused: Array) -> Array:
+    return jnp.where(unused[..., None] & ~jnp.isfinite(probs), jnp.zeros_like(probs), probs)
 
 
 def usable_temperature(options: Options, examples: Examples, counts: Counts) -> Examples:
@@ -181,17 +185,40 @@ def _weighted_entries(options: Options, indices: Array, probs: Array | None, cla
     return by_class if probs is None else times(by_class, probs.astype(by_class.dtype))
 
 
-def _class_weight_of_examples(options: Options, examples: Examples, class_weights: Array) -> Array:
+def _class_weight_of_examples(options: Options, examples: Examples, counts: Counts, class_weights: Array) -> Array:
     """Σ_c w_c t_c, which is w_y for an index."""
-    if examples.indices is not None:
-        return jnp.sum(_weighted_entries(options, examples.indices, examples.probs, class_weights), -1)
+    if (indices := examples.indices) is not None:
+        probs = usable_probs(options, examples, counts).probs
+        return jnp.sum(_weighted_entries(options, indices, probs, class_weights), -1)
     assert examples.probs is not None  # targets are either indices or probabilities
     probs = examples.probs.astype(class_weights.dtype)
-    # A product over a sharded axis would have to be told how its result is sharded, and one of `usable_probs` takes a
-    # copy of them. The sum takes more time and memory.
-    if explicitly_sharded(probs) or _may_be_unused(options, examples):
+    if explicitly_sharded(probs):  # a product over a sharded axis would have to be told how its result is sharded
+        if _may_be_unused(options, examples):
+            probs = _without(probs, counts.unused)
         return sum_over(jnp.sum(probs * jnp.broadcast_to(class_weights, probs.shape), -1), options.axis_name)
-    return sum_over(jnp.matmul(probs, class_weights, precision="highest"), options.axis_name)
+    if not _may_be_unused(options, examples):
+        return sum_over(jnp.matmul(probs, class_weights, precision="highest"), options.axis_name)
+    return sum_over(_weights_of_used(probs, class_weights, counts.unused), options.axis_name)
+
+
+@jax.custom_jvp
+def _weights_of_used(probs: Array, class_weights: Array, unused: Array) -> Array:
+    """The product, but 0 in unused rows, whatever they hold.
+
+    A select of the probabilities would write them out again, which their derivative alone needs.
+    """
+    of_class = jnp.matmul(probs, class_weights, precision="highest")
+    return jnp.where(unused, jnp.zeros_like(of_class), of_class)
+
+
+def _weights_of_used_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    def selected(probs: Array, class_weights: Array, unused: Array) -> Array:
+        return jnp.matmul(_without(probs, unused), class_weights, precision="highest")
+
+    return _weights_of_used(*primals), jvp(selected, primals, tangents)[1]
+
+
+_weights_of_used.defjvp(_weights_of_used_jvp, symbolic_zeros=True)
 
 
 def reduce(options: Options, loss: Array, counts: Counts) -> Array:

@@ -172,7 +172,11 @@ def distillation_loss(
     if isinstance(teacher_logits, SparseTargets):
         _, split_batch = checks.mesh_axes(axis_name, batch_axis_name, reduction)
         checks.split_over("logits", logits, split_batch, "examples")
-        of_student = functools.partial(log_probs, logits, axis=axis)
+
+        def of_student(_unused: Array, **given: Any) -> tuple[Array, LogProbsAux]:
+            found: tuple[Array, LogProbsAux] = log_probs(logits, axis=axis, **given)
+            return found
+
         given = of_student, "teacher_logits", teacher_logits, tail, logits.shape, axes, logits.dtype, options
         return top_k_loss(*given, logits)
     teacher_logits = checks.float_array("teacher_logits", teacher_logits)
@@ -302,7 +306,8 @@ def top_k_loss(
 ) -> Array:
     """The loss beside a teacher's probabilities of K classes, from a student's log-probabilities of ids and their rest.
 
-    `full` and `class_axes` are those of the student's logits, whose dtype it is. The batch is sharded as in `like`.
+    `log_probs_of` is told which rows are unused, beside the arguments of `log_probs`. `full` and `class_axes` are those
+    of the student's logits, whose dtype it is. The batch is sharded as in `like`.
     """
     batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
     indices, probs, _ = checked_sparse(name, teacher, batch, full, dtype)
@@ -328,7 +333,7 @@ def top_k_loss(
     kept = {name: options[name] for name in ("where", "logit_softcap", "temperature", "axis_name", "implementation")}
     if isinstance(kept["temperature"], jax.core.Tracer):  # any other has been looked at
         kept["temperature"] = usable_temperature(of.options, examples, counts).temperature
-    log_q, aux = log_probs_of(ids=ids, ignore_index=_IDLE, return_aux=True, **kept)
+    log_q, aux = log_probs_of(counts.unused, ids=ids, ignore_index=_IDLE, return_aux=True, **kept)
     epsilon = max(float(jnp.finfo(x).eps) for x in (probs.dtype, jnp.result_type(array_of(teacher.probs))))
     rounding = min(16 * epsilon, _MOST - 1)
     loss: Array = _of_top_k(ids, probs, log_q, aux.tail, examples, counts, of=of, tail=tail, rounding=rounding)

@@ -112,7 +112,9 @@ def gradient(
     batch = tuple(range(dz.ndim - 1))
     if examples.probs is not None and rows.probs is not None:
         dz = dz - of.target[..., None] * _alive(of.dead, rows.probs.astype(dtype))
-        dprobs = taking_part(times(of.target[..., None], surprise))
+        # A class of probability 0 whose target is 0 has no part in the loss, as in the other forms of it.
+        absent = (examples.probs == 0) & ~jnp.isfinite(surprise)
+        dprobs = taking_part(times(of.target[..., None], jnp.where(absent, 0, surprise)))
         if shared.class_weights is not None:
             dweights = jnp.sum(times(_alive(of.dead, examples.probs.astype(dtype)), dprobs), batch)
             dprobs = times(shared.class_weights, dprobs)

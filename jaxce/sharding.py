@@ -56,6 +56,25 @@ def vary(tree: Tree, axes: frozenset[str]) -> Tree:
     return varied
 
 
+def alike(tree: Tree, axes: AxisNames) -> Tree:
+    """The arrays, of one type on all devices along the axes: what was gathered there varies by its type alone.
+
+    The derivative adds the devices' gradients up and gives each its share.
+    """
+
+    def same(x: Array) -> Array:
+        over = tuple(sorted(varying(x) & set(axes)))
+        if not over:
+            return x
+        value: Array = lax.pmax(lax.stop_gradient(x), over)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            value += lax.pmean(jnp.where(jnp.isfinite(x), x - lax.stop_gradient(x), 0), over)
+        return value
+
+    same_tree: Tree = jax.tree.map(same, tree)
+    return same_tree
+
+
 def sum_over(tree: Tree, axes: AxisNames) -> Tree:
     """The sums over the devices along the mesh axes; the arrays themselves if there are none."""
     return lax.psum(tree, axes) if axes else tree

@@ -280,7 +280,7 @@ def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: 
         counts = who_counts(options, examples, shared, largest, classes)
         examples = usable_temperature(options, examples, counts)
         if options.implementation == "autodiff":
-            logits, examples = _without_bad(options, logits, examples, counts, largest)
+            logits, examples = _without_bad(options, logits, examples, shared, counts, largest)
         if examples.temperature is not None:
             examples = examples._replace(offset=jnp.where(jnp.isfinite(largest), largest, 0))
     own, own_shared = of_terms(options, examples, shared)
@@ -308,7 +308,7 @@ def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: 
 
 
 def _without_bad(
-    options: Options, logits: Array, examples: Examples, counts: Counts, largest: Array
+    options: Options, logits: Array, examples: Examples, shared: Shared, counts: Counts, largest: Array
 ) -> tuple[Array, Examples]:
     """Harmless numbers in unused rows that are not sound: without a rule of its own, a derivative is only kept from
     NaN by never computing with one.
@@ -322,8 +322,12 @@ def _without_bad(
         some = ~(counts.unused[..., None] & none)
         examples = examples._replace(where=some if examples.where is None else mask_like(examples.where, z) & some)
     if examples.indices is None and (probs := examples.probs) is not None:  # such a class has an infinite term
-        infinite = counts.unused & jnp.any(none & (probs != 0), -1)
-        examples = examples._replace(probs=jnp.where(infinite[..., None], jnp.zeros_like(probs), probs))
+        weighs = none & (probs != 0)
+        if shared.class_weights is not None:
+            weighs &= jnp.broadcast_to(shared.class_weights != 0, probs.shape)
+        infinite = sum_over(jnp.any(weighs, -1).astype(jnp.int32), options.axis_name) > 0
+        gone = (counts.unused & infinite)[..., None]
+        examples = examples._replace(probs=jnp.where(gone, jnp.zeros_like(probs), probs))
     return jnp.where((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits), examples
 
 

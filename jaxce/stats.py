@@ -144,11 +144,12 @@ def finite(stats: RowStats) -> tuple[RowStats, Array]:
 
 def merge(a: RowStats, b: RowStats) -> RowStats:
     """The record of the classes of `a` followed by those of `b` (their `argmax` already counted in the joint row)."""
+    # One of both, and not `jnp.maximum`: where they are equal, that has the mean of their derivatives, and `high` is
+    # relative to one of them.
     swap = b.max > a.max
-    maximum = jnp.maximum(a.max, b.max)
-    high = jnp.where(swap, b.rest, a.rest)
-    low = jnp.where(swap, a.rest, b.rest)
-    scale = jnp.exp(jnp.minimum(a.max, b.max) - shift(maximum))
+    maximum, smaller = jnp.where(swap, b.max, a.max), jnp.where(swap, a.max, b.max)
+    high, low = jnp.where(swap, b.rest, a.rest), jnp.where(swap, a.rest, b.rest)
+    scale = jnp.exp(smaller - shift(maximum))
     merged = RowStats(maximum, high + (1 + low) * scale)
     if a.picked is not None and b.picked is not None:
         merged = merged._replace(picked=a.picked + b.picked)
@@ -226,7 +227,7 @@ def merge_argmax(maximum: Array, argmax: Array, axes: AxisNames) -> Array:
 
 
 def merged_gaps(a: Gap, a_max: Array, b: Gap, b_max: Array) -> Gap:
-    maximum = jnp.maximum(a_max, b_max)
+    maximum = jnp.where(b_max > a_max, b_max, a_max)
     a, b = _moved(a, a_max, maximum), _moved(b, b_max, maximum)
     return Gap(a.sum + b.sum, a.mass + b.mass)
 

@@ -48,6 +48,7 @@ DENSE = [
     "axis_name",
     "checks",
     "log_probs",
+    "left_out",
 ]
 LINEAR = ["linear::test_equals_the_dense_loss", "linear::test_every_gradient_against_the_oracle"]
 LINEAR += ["linear", "linear_plan", "axis_name", "checks", "sweep"]
@@ -62,6 +63,7 @@ TESTS = {
     "jaxce/divergence.py": ["distillation", "linear_distillation"],
     "jaxce/distillation.py": ["distillation", "linear_distillation"],
     "jaxce/linear": LINEAR,
+    "jaxce/linear/__init__.py": [*LINEAR, "linear_tune"],
     "jaxce/linear/blocks.py": [LINEAR[0], "axis_name", *LINEAR],
     "jaxce/linear/log_probabilities.py": ["log_probs"],
     "jaxce/linear/store.py": [LINEAR[0], "linear_plan", "linear_costs", *LINEAR],

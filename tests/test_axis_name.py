@@ -331,33 +331,45 @@ def test_classes_on_an_axis_counted_from_the_end(vocab_axis, shape, spec):
         assert jax.eval_shape(loss, h, k, np.zeros(8, np.int32)).shape == (8,)
 
 
+@pytest.mark.parametrize("gathered", ["all", "hidden"])
 @pytest.mark.parametrize("asked", ["all devices", "one device"])
 @pytest.mark.parametrize("loss", ["cross-entropy", "divergence"])
-def test_hidden_states_that_were_gathered_beside_whole_labels(rng, loss, asked, monkeypatch):
-    """Which vary over the devices of the classes, in blocks of tokens too: their counts do not."""
+def test_what_was_gathered_over_the_devices_of_the_classes(rng, loss, asked, gathered, monkeypatch):
+    """Varies over them by its type, in blocks of tokens too; counts and losses do not, whoever asks for a gradient."""
     args = linear_arguments(rng, "index", v=32)
-    h, k, labels = np.asarray(args["hidden"])[:8], np.asarray(args["kernel"]), np.asarray(args["targets"])[:8]
-    ignored = int(labels[0])
-    monkeypatch.setattr(distillation, "_KEPT", dict.fromkeys(distillation._KEPT, 64))
+    k, smoothing = np.asarray(args["kernel"]), np.float32(0.1)
+    rows = {"h": np.asarray(args["hidden"])[:8], "labels": np.asarray(args["targets"])[:8]}
+    rows |= {"weights": rng.uniform(0.2, 2, 8).astype(np.float32), "T": rng.uniform(0.5, 2, 8).astype(np.float32)}
+    ignored = int(rows["labels"][0])
+    monkeypatch.setattr(distillation, "_KEPT", dict.fromkeys(distillation._KEPT, 16))
     monkeypatch.setattr(distillation, "_LEAST", 1)
 
-    def value(h, k, axis=None):
+    def value(floats, k, labels, axis=None):
         options = {"axis_name": axis, "reduction": "mean", "mode": "store"}
+        options |= {"weights": floats["weights"], "temperature": floats["T"]}
         if loss == "divergence":
-            return jaxce.linear_distillation_loss(h, k, jnp.sin(h), jnp.cos(k), **options)
-        return linear_cross_entropy(h, k, labels, ignore_index=ignored, **options)
+            return jaxce.linear_distillation_loss(floats["h"], k, jnp.sin(floats["h"]), jnp.cos(k), **options)
+        own = lax.pcast(smoothing, axis, to="varying") if axis and gathered == "all" else smoothing
+        return linear_cross_entropy(floats["h"], k, labels, ignore_index=ignored, label_smoothing=own, **options)
 
-    def split(h, k):
-        found = value(lax.all_gather(h, "v", tiled=True), k, "v")
+    def split(floats, k, labels):
+        if gathered == "all":
+            floats, labels = jax.tree.map(lambda x: lax.all_gather(x, "v", tiled=True), (floats, labels))
+        else:
+            floats = floats | {"h": lax.all_gather(floats["h"], "v", tiled=True)}
+        found = value(floats, k, labels, "v")
         if asked == "all devices":
             return lax.pmean(found, "v")
         return lax.psum(jnp.where(lax.axis_index("v") == 0, found, 0), "v")
 
+    floats = {name: x for name, x in rows.items() if name != "labels"}
     with blocks("store", 3, 4):
-        wanted = jax.jit(jax.grad(value, (0, 1)))(h, k)
-        specs = P("v"), P(None, "v")
-        found = jax.jit(jax.shard_map(jax.grad(split, (0, 1)), mesh=mesh_of(4), in_specs=specs, out_specs=specs))(h, k)
-    for a, b in zip(found, wanted, strict=True):
+        wanted = jax.jit(jax.grad(value, (0, 1)))(floats, k, rows["labels"])
+        of_rows = dict.fromkeys(floats, P("v" if gathered == "all" else None)) | {"h": P("v")}
+        specs = of_rows, P(None, "v"), P("v" if gathered == "all" else None)
+        mapped = jax.shard_map(jax.grad(split, (0, 1)), mesh=mesh_of(4), in_specs=specs, out_specs=specs[:2])
+        found = jax.jit(mapped)(floats, k, rows["labels"])
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 

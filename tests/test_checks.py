@@ -708,6 +708,15 @@ def test_softcap_takes_python_and_numpy_numbers(cap):
     np.testing.assert_allclose(loss(logit_softcap=cap), np.log(3), rtol=1e-6)
 
 
+def test_masked_arrays_are_refused():
+    """NumPy's: a JAX array would drop the mask."""
+    masked = np.ma.masked_array(LABELS, mask=[True, False])
+    numbers = np.ma.masked_array(np.ones(2, np.float32), mask=[True, False])
+    for name, x in ("targets", masked), ("weights", numbers), ("logits", np.ma.masked_array(LOGITS, mask=LOGITS > 0)):
+        with pytest.raises(TypeError, match=rf"^{name}: expected .*; got a masked array, .*\. .*Fill it"):
+            loss(**{"targets": LABELS, "logits": LOGITS, name: x})
+
+
 @pytest.mark.parametrize("vocab_axis", [np.int64(1), np.int32(-1), np.array(1)[()]])
 def test_vocab_axis_takes_numpy_integers(vocab_axis):
     np.testing.assert_array_equal(linear(vocab_axis=vocab_axis), linear(vocab_axis=1))

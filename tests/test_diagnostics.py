@@ -39,7 +39,7 @@ def test_sums_of_a_million_examples():
     logits = np.tile(np.log(np.float32([0.97, 0.03])), (n, 1))
     labels = (np.arange(n) % 100 >= 97).astype(np.int32)
     found = diagnostics.report(logits, labels, weights=0.1)
-    near = dict(rtol=300 * EPS)  # 256 additions in a row, and then in pairs
+    near = {"rtol": 300 * EPS}  # 256 additions in a row, and then in pairs
     loss = -(0.97 * np.log(0.97) + 0.03 * np.log(0.03))
     np.testing.assert_allclose([found.weight, found.loss, found.confidence], [n / 10, loss, 0.97], **near)
     np.testing.assert_allclose(found.expected_calibration_error, 0, atol=300 * EPS)
@@ -90,6 +90,14 @@ def test_checkify_passes_over_labels_of_weight_0():
     checked = checkify.checkify(score, errors=checkify.user_checks)
     assert checked(jnp.array([0, 99]))[0].get() is None
     assert "99" in checked(jnp.array([99, 0]))[0].get()
+
+
+def test_numbers_in_arrays_and_ranges():
+    logits, labels = jnp.array([[4.0, 0.0], [4.0, 0.0], [0.0, 4.0]]), jnp.array([0, 1, 1])
+    fitted = [diagnostics.fit_temperature(logits, labels, bounds=b) for b in ((0.1, 10), np.array([0.1, 10]))]
+    assert fitted[0] == fitted[1]
+    for top_k in (1, 2), range(1, 3), {1, 2}, np.array([1, 2]):
+        assert list(diagnostics.report(logits, labels, top_k=top_k).top_k) == [1, 2]
 
 
 def test_num_bins_of_numpy():

@@ -184,6 +184,37 @@ def test_a_row_of_weight_0_keeps_its_numbers(form, smoothing):
     assert aux.prediction == 2
 
 
+@pytest.mark.parametrize("form", [*IMPLEMENTATIONS, "linear", "where"])
+def test_a_class_that_targets_and_logits_leave_out(form):
+    """By −inf, as a student and a teacher with one vocabulary mask do: no gradient in the teacher's logits is NaN."""
+    z, s = jnp.array([[0.0, 1, -jnp.inf]]), jnp.array([[0.5, -0.5, -jnp.inf]])
+
+    def loss(s):
+        targets = jax.nn.softmax(s)
+        if form == "linear":
+            given = jnp.ones((1, 1)), jnp.zeros((1, 3)), targets
+            return jaxce.linear_cross_entropy(*given, bias=z[0], reduction="sum")
+        if form == "where":
+            return jaxce.softmax_cross_entropy(z, targets, where=jnp.isfinite(z), reduction="sum")
+        return jaxce.softmax_cross_entropy(z, targets, reduction="sum", implementation=form)
+
+    t, surprise = np.exp([0.5, -0.5]), np.log1p(np.exp(1)) - np.array([0, 1])
+    t /= t.sum()
+    np.testing.assert_allclose(jax.grad(loss)(s), [[*t * (surprise - t @ surprise), 0]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", IMPLEMENTATIONS)
+def test_a_class_of_weight_0_leaves_a_row_of_weight_0_its_numbers(form):
+    z, probs = np.float32([[1, -np.inf, 2]]), np.float32([[0.5, 0.5, 0]])
+
+    def loss(weights):
+        options = {"implementation": form, "class_weights": np.float32([1, 0, 1]), "reduction": "sum"}
+        return jaxce.softmax_cross_entropy(z, probs, weights=weights, **options)
+
+    lse = np.log(np.exp(1.0) + np.exp(2.0))
+    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(1)), [0.5 * (lse - 1)], rtol=1e-6)
+
+
 def test_the_gradient_of_a_gradient_passes_over_a_label_that_is_ignored():
     """Its logit counts as 0, far above all others of the row."""
 

@@ -600,6 +600,32 @@ def test_mixed_second_derivatives(rng, mode):
         )
 
 
+@pytest.mark.parametrize("mode", ["dense", *MODES])
+def test_second_derivatives_where_the_largest_logits_are_equal(rng, mode):
+    """In one block or in several: as those of a kernel that starts as zeros are, all of them."""
+    some = rng.integers(-3, 3, V).astype(np.float32)
+    some[[2, 13, 14]] = 3
+    rows = jnp.stack([jnp.zeros(V), some])
+
+    def loss(kernel):
+        options = {"label_smoothing": 0.1, "z_loss": 0.02, "return_aux": True}
+        if mode == "dense":
+            value, aux = softmax_cross_entropy(kernel[0], 13, **options)
+        else:
+            value, aux = linear_cross_entropy(jnp.ones((1, 1)), kernel, jnp.array([13]), **options, reduction="sum")
+        return value + 0.3 * jnp.sum(aux.entropy)
+
+    def plain(kernel):
+        log_p = jax.nn.log_softmax(kernel[0])
+        loss = -0.9 * log_p[13] - 0.1 * log_p.mean() + 0.02 * jax.nn.logsumexp(kernel) ** 2
+        return loss - 0.3 * jnp.sum(jnp.exp(log_p) * log_p)
+
+    with blocks(mode, 4, 6):
+        found = jax.jit(jax.vmap(jax.hessian(loss)))(rows[:, None])
+    wanted = jax.jit(jax.vmap(jax.hessian(plain)))(rows[:, None])
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_forward_mode(rng):
     args = arguments(rng)
     point = args["hidden"]

@@ -386,21 +386,50 @@ def test_hidden_states_and_a_teacher_of_some_classes(reduction, rng):
 
 def test_bad_rows_of_a_teacher_of_some_classes(rng):
     """A sum of more than 1, an index that is no class, a NaN: NaN; and nothing of it in a row of weight 0."""
-    logits = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32).at[3, 2].set(jnp.nan)
-    indices = jnp.array([[0, 1], [0, 8], [-2, 1], [0, 1], [0, 1]])
-    probs = jnp.array([[0.7, 0.5], [0.5, 0.2], [0.5, 0.2], [0.5, 0.2], [0.5, 0.2]])
+    logits = jnp.asarray(rng.normal(size=(7, 8)), jnp.float32).at[3, 2].set(jnp.nan)
+    indices = jnp.array([[0, 1], [0, 8], [-2, 1], [0, 1], [0, 1], [0, 1], [0, 1]])
+    probs = jnp.array([[0.7, 0.5], *[[0.5, 0.2]] * 3, [jnp.nan, 0.2], [0.5, -0.2], [0.5, 0.2]])
     teacher = jaxce.SparseTargets(indices, probs)
-    for weights in None, jnp.zeros(5):
+    for weights in None, jnp.zeros(7):
         loss, pull = jax.vjp(lambda z, w=weights: jaxce.distillation_loss(z, teacher, weights=w), logits)
-        (gradient,) = pull(jnp.ones(5))
-        bad = np.array([True] * 4 + [False]) & (weights is None)
+        (gradient,) = pull(jnp.ones(7))
+        bad = np.array([True] * 6 + [False]) & (weights is None)
         np.testing.assert_array_equal(np.isnan(loss), bad)
         np.testing.assert_array_equal(np.isnan(gradient).any(-1), bad)
         if weights is not None:
             assert not np.any(loss)
             assert not np.any(gradient)
-        (discarded,) = pull(jnp.float32([1, 1, 1, 0, 1]))  # where(isfinite(loss), loss, 0)
-        assert np.all(np.isfinite(discarded[3:]))
+        (discarded,) = pull(jnp.float32([1, 1, 1, 0, 1, 1, 1]))  # where(isfinite(loss), loss, 0)
+        assert np.all(np.isfinite(discarded[3:4]))
+
+
+@pytest.mark.parametrize("mode", [None, "recompute"])
+def test_no_tokens(mode):
+    given = jnp.ones((0, 3)), jnp.ones((3, 5)), jnp.ones((0, 2)), jnp.ones((2, 5))
+
+    def loss(h, k):
+        return jaxce.linear_distillation_loss(h, k, *given[2:], reduction="mean", mode=mode)
+
+    value, grads = jax.value_and_grad(loss, (0, 1))(*given[:2])
+    assert value == 0
+    chex.assert_trees_all_equal(grads, tuple(map(jnp.zeros_like, given[:2])))
+
+
+def test_a_token_of_weight_0_spoils_no_kernel_of_a_teacher_of_some_classes(rng):
+    """Padding may hold anything: NaN times a gradient of 0 would reach every class."""
+    parts, _ = models(rng)
+    del parts["hidden"]
+    teacher, weights = top_k(rng), jnp.ones(N).at[3].set(0)
+    hidden = jnp.asarray(rng.normal(size=(N, D)), jnp.float32)
+
+    def dkernel(hidden):
+        def loss(kernel):
+            given = parts | {"kernel": kernel, "weights": weights}
+            return jaxce.linear_distillation_loss(hidden, teacher_hidden=teacher, reduction="sum", **given)
+
+        return jax.grad(loss)(parts["kernel"])
+
+    np.testing.assert_array_equal(dkernel(hidden.at[3].set(jnp.nan)), dkernel(hidden.at[3].set(0)))
 
 
 @pytest.mark.parametrize("tail", [True, False])

@@ -82,6 +82,22 @@ def test_predicted_memory_is_an_upper_bound(mode, options, kind):
     assert plan.logits_bytes == 4 * N * 8000
 
 
+@pytest.mark.parametrize("mode", ["recompute", "store"])
+def test_predicted_memory_of_a_mask_that_tokens_share(mode):
+    """One for each sequence of a batch: blocks of tokens, which are of no one sequence, have it written out."""
+    hidden, kernel, targets = shapes(N, 64, 8000)
+    where = jax.ShapeDtypeStruct((5, 1, 8000), jnp.bool_)
+    hidden, targets = (jax.ShapeDtypeStruct((5, N // 5, *x.shape[1:]), x.dtype) for x in (hidden, targets))
+
+    def loss(hidden, kernel, targets, where):
+        return linear_cross_entropy(hidden, kernel, targets, where=where, mode=mode, reduction="mean")
+
+    plan = plan_linear_cross_entropy(hidden, kernel, targets, where=where, mode=mode, reduction="mean")
+    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(hidden, kernel, targets, where).compile()
+    needed = program.memory_analysis().temp_size_in_bytes
+    assert needed <= plan.temp_bytes <= 2.5 * needed
+
+
 @pytest.mark.every_case
 @pytest.mark.parametrize("budget", [20_000_000, 30_000_000])
 @pytest.mark.parametrize("options", [{"temperature": np.full(N, 2, np.float32)}, {"logit_softcap": 5.0}])
@@ -233,6 +249,9 @@ def test_an_unknown_number_of_tokens_gets_the_blocks_of_many():
     (n,) = jax.export.symbolic_shape("n")
     plan = plan_linear_cross_entropy(*shapes(n, 64, 8000), reduction="mean")
     assert (plan.mode, plan.block_v) == ("recompute", 2**22 // 8192)
+    assert re.search(r"blocks +512 classes\n.*; the logits would be 32000\*n bytes\n", str(plan))
+    with pytest.raises(ValueError, match=r"^shape: expected a plan for a number of tokens; got \(n, 64, 8000\)"):
+        plan.to_json()
 
 
 def test_sizes_near_the_preferred_one_are_tried_first():

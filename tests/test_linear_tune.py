@@ -195,6 +195,8 @@ def test_a_plan_of_one_device_on_an_explicit_mesh(rng):
         np.testing.assert_allclose(linear_cross_entropy(*placed, plan=share), wanted, rtol=1e-5)
         with pytest.raises(ValueError, match=r"plan: expected one for N, D, V = \(8, 4, 6\); got one for \(16, 4, 24"):
             linear_cross_entropy(*placed, plan=plan_linear_cross_entropy(h, k, y, platform="cpu"))
+        with pytest.raises(ValueError, match=r"^hidden: expected an array of one device; got one split over a mesh"):
+            tune_linear_cross_entropy(*placed)
 
 
 def test_as_text(timed_as):
@@ -205,7 +207,7 @@ def test_as_text(timed_as):
     assert lines[6].split() == ["mode", "tokens", "classes", "ms", "runs"]
     assert lines[7].split()[:4] == [plan.mode, f"{plan.block_n:,}", f"{plan.block_v:,}", "100.00"]
     assert lines[-1].split()[-1] == "slower"
-    for text in ("", "[]", "{}", plan.to_json().replace("mode", "made", 1)):
+    for text in (None, {"mode": "store"}, b"", "", "[]", "{}", plan.to_json().replace("mode", "made", 1)):
         with pytest.raises(ValueError, match=r"^text: expected what LinearPlan.to_json returned; got"):
             LinearPlan.from_json(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from unittest import mock
 
 import chex
@@ -522,6 +523,48 @@ def test_a_plan_of_few_tokens_counts_four_blocks():
         )
     assert plan.block_n == 128
     assert plan.temp_bytes >= (2 * 4 + 2) * 512 * d + 2 * 4 * n * d
+
+
+@pytest.mark.parametrize("stored", ["on chip", "in HBM"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "return_aux": True}])
+def test_what_the_kernels_take_on_chip(options, stored, monkeypatch):
+    """Each block of an operand and of a result twice, what is kept, and some arrays of a block of logits."""
+    from jax.experimental import pallas as pl
+
+    taken, call = {}, pl.pallas_call
+
+    def counted(kernel, *, grid, in_specs, out_specs, out_shape, scratch_shapes, name, **options):
+        program = call(kernel, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=out_shape, name=name,
+                       scratch_shapes=scratch_shapes, **options)  # fmt: skip
+
+        def run(*operands):
+            blocks = [*zip(in_specs, operands, strict=True)]
+            blocks += zip(jax.tree.leaves(out_specs), jax.tree.leaves(out_shape), strict=True)
+            taken[name] = 2 * sum(math.prod(n or 1 for n in spec.block_shape) * x.dtype.itemsize for spec, x in blocks)
+            taken[name] += sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch_shapes)
+            return program(*operands)
+
+        return run
+
+    monkeypatch.setattr(pl, "pallas_call", counted)
+    n, v = 512, 1024
+    h, k, y = jnp.ones((n, 1000), jnp.bfloat16), jnp.ones((1000, v), jnp.bfloat16), jnp.zeros(n, jnp.int32)
+    options = options | {"implementation": "pallas_tpu", "reduction": "sum"}
+
+    def loss(h, k):
+        return jnp.sum(jax.tree.leaves(jaxce.linear_cross_entropy(h, k, y, **options))[0])
+
+    with interpreted(stored):
+        jax.eval_shape(jax.grad(loss, (0, 1)), h, k)
+        problem = jaxce.linear.problem_of(hidden=h, kernel=k, targets=y, **options)
+    resident, cores = STORED[stored]
+    planned = {
+        "cross_entropy_forward": pallas_tpu.forward_bytes(problem, 128, 128),
+        "cross_entropy_backward": pallas_tpu.backward_bytes(problem, 128, 128, resident, cores),
+    }
+    assert planned.keys() == taken.keys()
+    for name, bytes_ in planned.items():
+        assert taken[name] <= bytes_ <= 1.5 * taken[name], name
 
 
 @pytest.mark.parametrize("chip", [chip.kind for chip in chips._TPUS] + ["another"])

@@ -536,6 +536,10 @@ def optax_smoothed(z, y, w=None):
     return optax.softmax_cross_entropy(z, t if w is None else t * w[None]).mean()
 
 
+def optax_weighted(z, t, w, of_example):
+    return (optax.softmax_cross_entropy(z, t * w[None]) * of_example).sum() / ((t @ w) * of_example).sum()
+
+
 SAME_LOSSES = {
     "index": (
         lambda z, y, t, w: softmax_cross_entropy(z, y, reduction="mean"),
@@ -552,6 +556,10 @@ SAME_LOSSES = {
     "probs": (
         lambda z, y, t, w: softmax_cross_entropy(z, t, reduction="mean"),
         lambda z, y, t, w: optax.softmax_cross_entropy(z, t).mean(),
+    ),
+    "probs and both weights": (
+        lambda z, y, t, w: softmax_cross_entropy(z, t, weights=y, class_weights=w, reduction="mean"),
+        lambda z, y, t, w: optax_weighted(z, t, w, y.astype(z.dtype)),
     ),
 }
 

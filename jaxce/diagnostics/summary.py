@@ -129,7 +129,7 @@ def summarize(
     logits, labels, weights, ignore_index = checked(logits, targets, weights, ignore_index)
     if top_k is None:
         top_k = (5,) if logits.shape[-1] > 5 else ()
-    top_k = tuple(top_k) if isinstance(top_k, (tuple, list)) else (top_k,)
+    top_k = tuple(top_k) if np.iterable(top_k) else (top_k,)
     for name, x, least in (
         *(("top_k", k, 1) for k in top_k),
         ("num_bins", num_bins, 1),

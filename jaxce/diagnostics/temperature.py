@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jaxce import checks
@@ -33,7 +34,8 @@ def fit_temperature(
         \operatorname*{argmin}_{T > 0} \frac1N \sum_n \ell(z_n / T, y_n)
 
     Dividing by it makes probabilities believable and leaves every prediction as it is: above 1 the model was
-    overconfident, below 1 underconfident. Fit it on held-out examples, not on those of the training.
+    overconfident, below 1 underconfident. Fit it on held-out examples, not on those of the training. In a
+    `jax.shard_map` every device fits one to the examples it has.
 
     Args:
       logits: floats `[..., V]`.
@@ -62,7 +64,7 @@ def fit_temperature(
       Guo et al., "On Calibration of Modern Neural Networks", 2017, section 4.2. The loss is convex in 1/T, in which
       Newton's method runs inside a bracket; it halves the bracket (in the logarithm) where a step leaves it.
     """
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+    if not np.iterable(bounds) or len(bounds) != 2:
         checks.fail(ValueError, "bounds", "two numbers, the least T and the largest", repr(bounds))
     for name, x in zip(("bounds[0]", "bounds[1]"), bounds, strict=True):
         checks.scalar(name, x, 0, float("inf"))

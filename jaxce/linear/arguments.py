@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, get_args
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxce import checks
+from jaxce import checks, sharding
 from jaxce.arguments import Examples, Options, Projection, Shared, checked
 from jaxce.compose import Counts, usable_temperature, who_counts
 from jaxce.linear import blocks, mesh, pallas_tpu
@@ -62,6 +63,7 @@ def checked_linear(
         if shared.class_weights is not None:
             # Used more than once: their gradients are added before they are rounded.
             examples = examples._replace(probs=examples.probs.astype(shared.class_weights.dtype))
+    of_tokens = (1,) if examples.where is None else examples.where.shape[:-1]
     problem = Problem(
         N,
         D,
@@ -72,7 +74,8 @@ def checked_linear(
         constants,
         weights=examples.weights is not None,
         class_weights=shared.class_weights is not None,
-        mask_per_token=examples.where is not None and any(n != 1 for n in examples.where.shape[:-1]),
+        mask_per_token=any(n != 1 for n in of_tokens),
+        mask_broadcast=any(n != 1 for n in of_tokens) and of_tokens != tuple(batch),
         narrow_probs=narrow_probs,
     )
     if constants.implementation == "pallas_tpu":
@@ -155,6 +158,7 @@ def prepared(
     schedules: blocks.Schedules, options: Options, projection: Projection, examples: Examples, shared: Shared
 ) -> Prepared:
     hidden, kernel, _ = projection
+    examples, shared = alike_on_devices(options, examples, shared)
     shape = (*hidden.shape[:-1], kernel.shape[schedules[0].vocab_axis])
     classes = blocks.participating(examples.where, shape, schedules[0].forward_v, options.axis_name)
     like = of_rows(hidden, working_dtype(matmul_dtype(hidden.dtype, kernel.dtype)), options)
@@ -163,6 +167,13 @@ def prepared(
     examples = usable_temperature(options, examples, counts)
     projection, examples, shared = mesh.vary_by_kind(options, projection, examples, shared)
     return Prepared(projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared)))
+
+
+def alike_on_devices(options: Options, examples: Examples, shared: Shared) -> tuple[Examples, Shared]:
+    """What has no class axis is the same on all devices of the classes: then so is the loss of a row."""
+    alike = functools.partial(sharding.alike, axes=options.axis_name)
+    weights, *numbers = shared
+    return examples.by_kind(row=alike, entries=alike), Shared(weights, *alike(numbers))
 
 
 def of_rows(hidden: Array, dtype: DTypeLike, options: Options) -> Array:

@@ -37,6 +37,7 @@ class Problem:
     weights: bool
     class_weights: bool
     mask_per_token: bool
+    mask_broadcast: bool = False  # a mask per token that has an axis of length 1 for several of them
     narrow_probs: bool = False  # probabilities [N, V] of another than the working dtype, which their gradient has
 
     @property

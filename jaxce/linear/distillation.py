@@ -38,10 +38,11 @@ from jaxce.distillation import (
 )
 from jaxce.divergence import Models, Side, Sums, side_of
 from jaxce.linear import VocabAxis, blocks, costs, mesh
-from jaxce.linear.arguments import check_mode, checked_projection, of_rows, without_unused
+from jaxce.linear.arguments import alike_on_devices, check_mode, checked_projection, of_rows, without_unused
 from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, put_or_add, take
 from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.linear.store import only_asked, scaled, those_asked
+from jaxce.log_probabilities import LogProbsAux
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import explicit_mesh, sum_like, sum_over, vary, varying
 from jaxce.stats import RowStats, finite, matmul_dtype, merge, merge_shards, working_dtype
@@ -273,7 +274,7 @@ def _weighted_sum_fwd(
 
         rows = varying(tokens, weights) - set(of.options.axis_name)
         dtype, (hidden, *shared) = weights.dtype, tokens.models.student
-        total, divergences, dhidden = (jnp.zeros(s, dtype) for s in ((), weights.shape, hidden.shape))
+        total, divergences, dhidden = jnp.zeros((), dtype), jnp.zeros_like(weights), jnp.zeros_like(hidden, dtype)
         dtemperature = None if tokens.examples.temperature is None else divergences
         total, divergences, dhidden, dtemperature = vary((total, divergences, dhidden, dtemperature), rows)
         sums = vary(jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), shared), rows | set(of.options.axis_name))
@@ -449,7 +450,12 @@ def _of_top_k(tail: bool, arguments: dict[str, Any]) -> Array:
     axes = checks.mesh_axes(*(arguments[name] for name in ("axis_name", "batch_axis_name", "reduction")))
     checks.split_over("hidden", student.hidden, axes[1], "tokens")
     own = {name: arguments[name] for name in ("vocab_axis", "bias", "mode", "precision")}
-    of_student = functools.partial(linear_log_probs, student.hidden, student.kernel, **own)
+
+    def of_student(unused: Array, **given: Any) -> tuple[Array, LogProbsAux]:
+        hidden = without_unused(unused, student.hidden)
+        found: tuple[Array, LogProbsAux] = linear_log_probs(hidden, student.kernel, **own, **given)
+        return found
+
     *batch, _ = student.hidden.shape
     full = (*batch, student.kernel.shape[vocab_axis])
     kept = {name: x for name, x in arguments.items() if name not in {*own, *_OF_MODELS}}
@@ -528,6 +534,7 @@ def _plans(
 def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, plans: Plans) -> Array:
     *batch, _ = models.student.hidden.shape
     V, options = models.student.kernel.shape[plans[0].student.vocab_axis], of.options
+    examples, _ = alike_on_devices(options, examples, Shared())
     classes = blocks.participating(examples.where, (*batch, V), plans[0].student.forward_v, options.axis_name)
     like = of_rows(models.student.hidden, _working(models), options)
     counts = who_counts(options, examples, Shared(), like, classes)

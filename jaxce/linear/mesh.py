@@ -25,9 +25,7 @@ Result = TypeVar("Result")  # an array, or one and an aux record
 
 def row_axes(options: Options, projection: Projection, examples: Examples, shared: Shared) -> frozenset[str]:
     """The mesh axes along which the numbers of a row differ, once they are merged over those of the classes."""
-    every = varying(projection, examples, shared) - set(options.axis_name)
-    probs = examples.probs if examples.indices is not None else None
-    return every | varying(examples.indices, probs, examples.weights, shared.label_smoothing, shared.z_loss)
+    return varying(projection, examples, shared) - set(options.axis_name)
 
 
 def vary_by_kind(

@@ -126,6 +126,9 @@ class LinearPlan:
 
     def to_json(self) -> str:
         """The plan as text, to keep beside a training run."""
+        if not all(isinstance(n, int) for n in self.shape):
+            hint = "Make one for arrays of a known size."
+            checks.fail(ValueError, "shape", "a plan for a number of tokens", str(self.shape), hint)
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
@@ -137,18 +140,20 @@ class LinearPlan:
             return cls(**fields | {"shape": tuple(fields["shape"]), "timings": timings})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             hint = f"Make a new one with this version of jaxce ({error!r})."
-            checks.fail(ValueError, "text", "what LinearPlan.to_json returned", f"{text[:40]!r}", hint)
+            checks.fail(ValueError, "text", "what LinearPlan.to_json returned", repr(text)[:40], hint)
 
     def __str__(self) -> str:
-        tokens, classes = f"{self.block_n:,} tokens", f"{self.block_v:,} classes"
-        blocks = {"store": tokens, "recompute": classes}.get(self.mode, f"{tokens} x {classes}")
+        blocks = f"{self.block_v:,} classes"
+        if self.mode != "recompute":
+            tokens = f"{self.block_n:,} tokens"
+            blocks = tokens if self.mode == "store" else f"{tokens} x {blocks}"
         return (
             f"mode          {self.mode}, on {self.platform}\n"
             f"blocks        {blocks}\n"
             f"extra memory  {_megabytes(self.temp_bytes)} for loss and gradient; the logits would be "
             f"{_megabytes(self.logits_bytes)}\n"
             f"kept          {_megabytes(self.kept_bytes)} from the loss for its gradient\n"
-            f"matmuls       {_count(self.flops / 1e9)} GFLOP" + self._measured()
+            f"matmuls       {_in_units(self.flops, 1e9, 'GFLOP', 'FLOP')}" + self._measured()
         )
 
     def _measured(self) -> str:
@@ -301,9 +306,9 @@ def _scaled(block_v: int, eighths: int) -> int:
 
 
 def _megabytes(count: int) -> str:
-    return f"{_count(count / 1e6)} MB"
+    return _in_units(count, 1e6, "MB", "bytes")
 
 
-def _count(x: Any) -> str:
+def _in_units(x: int, unit: float, name: str, single: str) -> str:
     """With one decimal; as it is if it holds a symbol, the size of an axis that is not known yet."""
-    return f"{x:,.1f}" if isinstance(x, float) else str(x)
+    return f"{x / unit:,.1f} {name}" if isinstance(x, int) else f"{x} {single}"

@@ -406,10 +406,12 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     if p.narrow_probs:
         logits += p.N * p.V  # their gradient
     same_tokens = int(((p.entries is None) + p.mask_per_token / 4) * rows * p.V)  # of probabilities and masks
+    written_out = p.N * p.V if p.mask_broadcast else 0
     of_block = costs.block_bytes(p, platform, rows, block_v)
     if platform == "cpu" and block_v == p.V and p.hidden == p.kernel == p.working:
         sums += p.D * p.V * p.working.itemsize  # what these tokens add to dkernel; otherwise block_bytes counts it
-    return (logits + same_tokens) * p.working.itemsize + sums + of_block + costs.row_bytes(p, platform)
+    rows_of_all = costs.row_bytes(p, platform) + written_out
+    return (logits + same_tokens) * p.working.itemsize + sums + of_block + rows_of_all
 
 
 def kept_bytes(p: Problem, block_n: int, block_v: int) -> int:

@@ -17,6 +17,7 @@ from jaxce.linear import LinearOptions, arrays_and_constants, chips, linear_cros
 from jaxce.linear import plan as plans
 from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan, Timing
+from jaxce.sharding import explicit_mesh, spec_of
 from jaxce.targets import Targets
 from jaxce.types import Shape, takes_variables
 
@@ -87,6 +88,10 @@ def tune_linear_cross_entropy(
             checks.fail(ValueError, name, "None", repr(arguments[name]), hint)
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
         checks.fail(TypeError, "hidden", "arrays or jax.ShapeDtypeStruct", "a tracer", "Tune outside of jit.")
+    for name, x in ("hidden", hidden), ("kernel", kernel):
+        if explicit_mesh(x) is not None and any(axis is not None for axis in spec_of(x)):
+            hint = "Tune with arrays of the size that one device gets; the plan is for each of them."
+            checks.fail(ValueError, name, "an array of one device", f"one split over a mesh, {spec_of(x)}", hint)
     problem = problem_of(**arguments, mode=mode, memory_budget=memory_budget)
     found = plans.alternatives(problem, chips.chip()[0], mode, memory_budget)
     default = found[0]
