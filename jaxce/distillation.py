@@ -35,7 +35,7 @@ from jaxce.divergence import (
 )
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.log_probabilities import LogProbsAux, log_probs
-from jaxce.lookup import repeated_entries, same_entries
+from jaxce.lookup import repeated_entries, sums_of_same
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
 from jaxce.sharding import explicit_mesh, mask_like, place, shard_count, spec_of, sum_over, vary, varying
@@ -358,7 +358,7 @@ def _of_top_k(
 ) -> Array:
     """rounding: what the teacher's probabilities may lack of 1 if they are all there are."""
     first = ~(repeated_entries(ids) | (ids == _IDLE))
-    p = jnp.where(first, jnp.sum(jnp.where(same_entries(ids), p[..., None, :], 0), -1), 0)  # of a class given twice
+    p = jnp.where(first, sums_of_same(ids, p), 0)  # of a class given twice
     log_q = jnp.where(first | jnp.isnan(log_q), log_q, -jnp.inf)
     mass = jnp.sum(p, -1)
     rest = jnp.maximum(_left_of_one(p), 0) if tail else jnp.zeros_like(mass)

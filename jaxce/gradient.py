@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
-from jaxce.lookup import put, same_entries
+from jaxce.lookup import put, sums_of_same
 from jaxce.reverse_mode import is_symbolic_zero, materialised
 from jaxce.sharding import mask_like
 from jaxce.stats import RowStats, Terms, shift, times
@@ -64,7 +64,8 @@ def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> 
         a = a - entropy * stats.spread
     if indices is not None and stats.picked is not None:
         below = stats.picked - stats.max[..., None]
-        below = jnp.where(below > 0, 0, below)  # of what is no class, whose derivative must not overflow
+        # Above it are what is no class, whose derivative must not overflow, and a logit that was rounded anew.
+        below = below - lax.stop_gradient(jnp.maximum(below, 0))
         at_targets = _at_targets(indices, ct.target, a, below, rest, inverse, entropy)
     maximum = jnp.where(dead, jnp.inf, stats.max)
     return Factors(
@@ -146,7 +147,7 @@ def _at_targets(
     With c the sum of the cotangents of all entries on this class, p·a − c = p·(a − c) − (1 − p)·c, and the mass of all
     the other classes, 1 − p, is (rest − expm1(z − max))/(1 + rest): two numbers of one sign.
     """
-    c = jnp.sum(jnp.where(same_entries(indices), target[..., None, :], jnp.zeros_like(target[..., None, :])), -1)
+    c = sums_of_same(indices, target)
     others = rest[..., None] - jnp.expm1(below)
     value = jnp.exp(below) * (inverse[..., None] * (a[..., None] - c)) - (inverse[..., None] * c) * others
     if entropy is not None:

@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxce.sharding import class_numbers, explicitly_sharded
+from jaxce.sharding import class_numbers, explicitly_sharded, vary, varying
 
 # Up to this many target classes per row are found by comparing class numbers, which fuses into the pass over the
 # logits; more of them are found by a gather, whose cost does not grow with K times V.
 _MAX_COMPARED = 8
 
 
-def same_entries(indices: Array) -> Array:
-    """Which of the K indices `[..., K]` are the same number, `[..., K, K]`."""
-    return indices[..., :, None] == indices[..., None, :]
+def sums_of_same(indices: Array, values: Array) -> Array:
+    """Of each of the K entries `[..., K]`: the sum of the values of all that have its index."""
+
+    def add(k: Any, same: Array, sums: Array) -> Array:
+        value = lax.dynamic_index_in_dim(values, k, -1)
+        return sums + jnp.where(same, value, jnp.zeros_like(value))
+
+    return _by_entry(indices, add, jnp.zeros_like(values))
 
 
 def repeated_entries(indices: Array) -> Array:
     """Which of the K indices are the same number as one before them."""
-    return jnp.any(jnp.tril(same_entries(indices), -1), -1)
+
+    def find(k: Any, same: Array, found: Array) -> Array:
+        after: Array = class_numbers(indices, jnp.int32) > k
+        return found | (same & after)
+
+    return _by_entry(indices, find, jnp.zeros_like(indices, dtype=jnp.bool_))
+
+
+def _by_entry(indices: Array, step: Callable[[Any, Array, Array], Array], state: Array) -> Array:
+    """Folds `step(k, which entries have the k-th index, state)`: all at once they would be `[..., K, K]`."""
+
+    def body(k: Any, state: Array) -> Array:
+        return step(k, indices == lax.dynamic_index_in_dim(indices, k, -1), state)
+
+    K = indices.shape[-1]
+    if K <= _MAX_COMPARED:
+        return functools.reduce(lambda state, k: body(k, state), range(K), state)
+    result: Array = lax.fori_loop(0, K, body, vary(state, varying(indices, state)))
+    return result
 
 
 def pick(array: Array, indices: Array) -> Array:

@@ -161,6 +161,22 @@ def test_predicted_memory_where_gradients_are_not_kept(asked):
     assert needed <= plan.temp_bytes < plan.logits_bytes
 
 
+def smallest_budget(*arrays, **options) -> int:
+    with pytest.raises(ValueError, match=r"memory_budget: expected at least [\d,]+ bytes .*; got 1,000\.") as error:
+        plan_linear_cross_entropy(*arrays, memory_budget=1000, **options)
+    return int(re.search(r"at least ([\d,]+)", str(error.value))[1].replace(",", ""))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["recompute", "store"])
+@pytest.mark.parametrize("kind", ["index", "sparse", "probs"])
+def test_the_smallest_budget_is_kept(kind, mode):
+    """With many tokens of few features, where what belongs to rows is most of it."""
+    arrays, options = shapes(20_000, 8, 700, kind=kind), {"reduction": "mean", "mode": mode}
+    budget = smallest_budget(*arrays, **options)
+    assert compiled_temp_bytes(arrays, memory_budget=budget, **options) <= budget
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("mode", ["recompute", "store"])
@@ -170,8 +186,7 @@ def test_predicted_memory_of_narrow_probabilities(weighted, mode, dtype):
     n, d, v = 1000, 64, 8000
     arrays = *shapes(n, d, v, dtype)[:2], jax.ShapeDtypeStruct((n, v), jnp.bfloat16)
     options = {"reduction": "mean", "mode": mode} | ({"class_weights": np.ones(v, np.float32)} if weighted else {})
-    smallest = 120_000_000 if weighted else 45_000_000
-    for budget in None, smallest:
+    for budget in None, smallest_budget(*arrays, **options):
         plan = plan_linear_cross_entropy(*arrays, memory_budget=budget, **options)
         loss = functools.partial(linear_cross_entropy, memory_budget=budget, **options)
         step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
@@ -180,9 +195,7 @@ def test_predicted_memory_of_narrow_probabilities(weighted, mode, dtype):
 
 def test_a_budget_that_is_too_small():
     arrays = shapes(1000, 64, 30011)
-    with pytest.raises(ValueError, match=r"memory_budget: expected at least [\d,]+ bytes .*; got 1,000\.") as error:
-        plan_linear_cross_entropy(*arrays, memory_budget=1000)
-    smallest = int(re.search(r"at least ([\d,]+)", str(error.value))[1].replace(",", ""))
+    smallest = smallest_budget(*arrays)
     assert plan_linear_cross_entropy(*arrays, memory_budget=smallest).temp_bytes == smallest
     with pytest.raises(ValueError, match="memory_budget"):
         linear_cross_entropy(
@@ -243,6 +256,22 @@ def test_what_a_plan_of_blocks_of_tokens_counts():
     assert by_token - by_class >= block
     for skipping in {"weights": np.ones(N, np.float32)}, {"ignore_index": -1}:
         assert temp_bytes(**skipping) - temp_bytes() == 4 * block
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_parts_of_rows(platform):
+    """Not of few logits, and on TPU not of many tokens, which take more cycles in parts."""
+    v = 131072
+    found = plans.store.blocks(problem(*shapes(65536, 64, v), reduction="mean"), platform, 1)
+    assert len(found) > 5
+    for n, part in found:
+        assert (part == v) == (n * v <= 2**24 or (platform == "tpu" and n > 1024))
+
+
+@pytest.mark.parametrize(("mode", "matmuls"), [("recompute", 4), ("store", 3)])
+def test_operations_are_those_of_the_matmuls(mode, matmuls):
+    plan = plan_linear_cross_entropy(*shapes(3000, 64, 8000), reduction="mean", mode=mode)
+    assert plan.flops == matmuls * 2 * 3000 * 64 * 8000
 
 
 def test_an_unknown_number_of_tokens_gets_the_blocks_of_many():

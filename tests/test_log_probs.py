@@ -82,6 +82,20 @@ def outputs(result):
     return chosen, aux.entropy, aux.log_normalizer, aux.tail
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_gradient_of_the_tail_of_narrow_logits(dtype, rng):
+    """Worked out in float32, and rounded once."""
+    z, ids = jnp.asarray(rng.normal(size=(4, V)), dtype), jnp.asarray(rng.integers(0, V, (4, 2)), jnp.int32)
+    found = jax.grad(lambda z: jnp.sum(jaxce.log_probs(z, ids, return_aux=True)[1].tail))(z)
+    z = np.asarray(z, np.float64)
+    others = ~(np.arange(V) == np.asarray(ids)[..., None]).any(1)
+    e = np.exp(z)
+    wanted = others * e / (others * e).sum(-1, keepdims=True) - e / e.sum(-1, keepdims=True)
+    assert found.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0.51 * eps, atol=32 * EPS)
+
+
 @pytest.mark.optimized
 @pytest.mark.every_case
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
