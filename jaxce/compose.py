@@ -203,12 +203,12 @@ def _class_weight_of_examples(options: Options, examples: Examples, counts: Coun
 
 @jax.custom_jvp
 def _weights_of_used(probs: Array, class_weights: Array, unused: Array) -> Array:
-    """The product, but 0 in unused rows, whatever they hold.
+    """The product, but 0 for what is not finite in unused rows.
 
     A select of the probabilities would write them out again, which their derivative alone needs.
     """
     of_class = jnp.matmul(probs, class_weights, precision="highest")
-    return jnp.where(unused, jnp.zeros_like(of_class), of_class)
+    return jnp.where(unused & ~jnp.isfinite(of_class), jnp.zeros_like(of_class), of_class)
 
 
 def _weights_of_used_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:

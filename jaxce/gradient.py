@@ -114,7 +114,7 @@ def gradient(
     if examples.probs is not None and rows.probs is not None:
         dz = dz - of.target[..., None] * _alive(of.dead, rows.probs.astype(dtype))
         # A class of probability 0 whose target is 0 has no part in the loss, as in the other forms of it.
-        absent = (examples.probs == 0) & ~jnp.isfinite(surprise)
+        absent = (examples.probs == 0) & (surprise == jnp.inf)
         dprobs = taking_part(times(of.target[..., None], jnp.where(absent, 0, surprise)))
         if shared.class_weights is not None:
             dweights = jnp.sum(times(_alive(of.dead, examples.probs.astype(dtype)), dprobs), batch)

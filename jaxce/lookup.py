@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxce.sharding import class_numbers, explicitly_sharded, vary, varying
 
@@ -20,33 +20,50 @@ _MAX_COMPARED = 8
 def sums_of_same(indices: Array, values: Array) -> Array:
     """Of each of the K entries `[..., K]`: the sum of the values of all that have its index."""
 
-    def add(k: Any, same: Array, sums: Array) -> Array:
+    def at_once(indices: Array, values: Array) -> Array:
+        return jnp.sum(jnp.where(_same(indices), values[..., None, :], jnp.zeros_like(values[..., None, :])), -1)
+
+    def add(k: Any, indices: Array, values: Array, sums: Array) -> Array:
+        same = indices == lax.dynamic_index_in_dim(indices, k, -1)
         value = lax.dynamic_index_in_dim(values, k, -1)
         return sums + jnp.where(same, value, jnp.zeros_like(value))
 
-    return _by_entry(indices, add, jnp.zeros_like(values))
+    return _by_entry(at_once, add, values.dtype, indices, values)
 
 
 def repeated_entries(indices: Array) -> Array:
     """Which of the K indices are the same number as one before them."""
 
-    def find(k: Any, same: Array, found: Array) -> Array:
-        after: Array = class_numbers(indices, jnp.int32) > k
-        return found | (same & after)
+    def at_once(indices: Array) -> Array:
+        repeated: Array = jnp.any(jnp.tril(_same(indices), -1), -1)
+        return repeated
 
-    return _by_entry(indices, find, jnp.zeros_like(indices, dtype=jnp.bool_))
+    def find(k: Any, indices: Array, found: Array) -> Array:
+        same = indices == lax.dynamic_index_in_dim(indices, k, -1)
+        both: Array = found | (same & (class_numbers(indices, jnp.int32) > k))
+        return both
+
+    return _by_entry(at_once, find, jnp.bool_, indices)
 
 
-def _by_entry(indices: Array, step: Callable[[Any, Array, Array], Array], state: Array) -> Array:
-    """Folds `step(k, which entries have the k-th index, state)`: all at once they would be `[..., K, K]`."""
+def _same(indices: Array) -> Array:
+    return indices[..., :, None] == indices[..., None, :]
 
-    def body(k: Any, state: Array) -> Array:
-        return step(k, indices == lax.dynamic_index_in_dim(indices, k, -1), state)
 
-    K = indices.shape[-1]
+def _by_entry(at_once: Callable[..., Array], step: Callable[..., Array], dtype: DTypeLike, *arrays: Array) -> Array:
+    """`at_once(*arrays)`, or one after the other on CPU, which would write out what many entries `[..., K, K]` make.
+
+    Then `step(k, *arrays, state)` folds the k-th entry into what begins as zeros `[..., K]`.
+    """
+    K = arrays[0].shape[-1]
     if K <= _MAX_COMPARED:
-        return functools.reduce(lambda state, k: body(k, state), range(K), state)
-    result: Array = lax.fori_loop(0, K, body, vary(state, varying(indices, state)))
+        return at_once(*arrays)
+
+    def in_turn(*arrays: Array) -> Array:
+        state = vary(jnp.zeros_like(arrays[-1], dtype=dtype), varying(arrays))
+        return cast(Array, lax.fori_loop(0, K, lambda k, state: step(k, *arrays, state), state))
+
+    result: Array = lax.platform_dependent(*arrays, cpu=in_turn, default=at_once)
     return result
 
 

@@ -59,17 +59,19 @@ def vary(tree: Tree, axes: frozenset[str]) -> Tree:
 def alike(tree: Tree, axes: AxisNames) -> Tree:
     """The arrays, of one type on all devices along the axes: what was gathered there varies by its type alone.
 
-    The derivative adds the devices' gradients up and gives each its share.
+    Where it does differ, numbers are NaN, and indices those of no class. The derivative adds the devices' gradients up
+    and gives each its share.
     """
 
     def same(x: Array) -> Array:
         over = tuple(sorted(varying(x) & set(axes)))
         if not over:
             return x
-        value: Array = lax.pmax(lax.stop_gradient(x), over)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            value += lax.pmean(jnp.where(jnp.isfinite(x), x - lax.stop_gradient(x), 0), over)
-        return value
+        fixed = lax.stop_gradient(x)
+        largest, least = lax.pmax(fixed, over), lax.pmin(fixed, over)
+        floats = jnp.issubdtype(x.dtype, jnp.floating)
+        value: Array = jnp.where(largest == least, largest, jnp.nan if floats else jnp.iinfo(x.dtype).min)
+        return value + lax.pmean(jnp.where(jnp.isfinite(x), x - fixed, 0), over) if floats else value
 
     same_tree: Tree = jax.tree.map(same, tree)
     return same_tree

@@ -98,6 +98,23 @@ EQUIVALENT = {
         "return jnp.where((low + high >= 0.5) & (low + high < 1.5), low, low + (high - 1))",
         ("low + high >= 0.5 -> low + high > 0.5", "0.5 -> 0.625", "low + high < 1.5 -> low + high <= 1.5"),
     ): "the sum is 0 or at least 1, and at 1.5 both ways are exact to a few ulps",
+    (
+        "jaxce/distillation.py",
+        "value = divergence(jnp.where(kept, log_q, 0), jnp.where(kept, p, 1))",
+        ("1 -> 0", "1 -> 2"),
+    ): "the value of such a row is replaced, and p is a constant",
+    (
+        "jaxce/divergence.py",
+        "log_ratio = jnp.where((log_q == -jnp.inf) & (p == 0), 0, log_q - jnp.log(p))",
+        ("-jnp.inf -> jnp.inf",),
+    ): "what is multiplied by probabilities of 0 is 0, and NaN too",
+    ("jaxce/linear/tune.py", "rng = np.random.default_rng(0)", ("0 -> 1",)): "other random numbers",
+    ("jaxce/linear/tune.py", "return jnp.sum(loss), aux", ("jnp.sum -> jnp.max",)): "the value is not looked at",
+    (
+        "jaxce/linear/pallas_tpu.py",
+        "argmax = jnp.zeros(shape, _F32)",
+        ("jnp.zeros -> jnp.ones",),
+    ): "each lane has a largest logit, but for NaN, where no class is right",
 }
 
 

@@ -373,6 +373,21 @@ def test_what_was_gathered_over_the_devices_of_the_classes(rng, loss, asked, gat
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("split", ["labels", "weights"])
+def test_tokens_that_were_not_gathered_over_the_devices_of_the_classes(rng, split):
+    """Every device has others, of which there is no loss: NaN."""
+    args = linear_arguments(rng, "index", v=32)
+    h, k, labels = np.asarray(args["hidden"])[:2], np.asarray(args["kernel"]), np.arange(8, dtype=np.int32)
+    given = {"labels": np.repeat(labels[:1], 8), "weights": np.ones(8, np.float32)}
+    given[split] = labels.astype(given[split].dtype)
+
+    def loss(k, labels, weights):
+        return linear_cross_entropy(h, k, labels, weights=weights, axis_name="v", reduction="mean")
+
+    mapped = jax.shard_map(loss, mesh=mesh_of(4), in_specs=(P(None, "v"), P("v"), P("v")), out_specs=P())
+    assert np.isnan(jax.jit(mapped)(k, given["labels"], given["weights"]))
+
+
 def test_classes_split_over_chips_that_retile(rng):
     """Its barrier takes hidden states and what varies over the devices at once."""
     args = linear_arguments(rng, "index", v=32)

@@ -72,9 +72,12 @@ def test_the_standard_error():
     found = diagnostics.report(logits, labels, weights=weights)
     np.testing.assert_allclose(found.standard_error, nll[:20].std(ddof=1) / np.sqrt(20), rtol=1e-3)
     alone = diagnostics.report(logits[:1], labels[:1])
-    assert math.isnan(alone.standard_error)
-    assert "±" not in str(alone)
-    assert not any("guessing" in sentence for sentence in alone.findings)  # one example says nothing of it
+    heavy = diagnostics.report(logits, labels, weights=np.where(np.arange(60) == 0, 0.1, 1e-12))
+    huge = diagnostics.report(logits, labels, weights=1e25)  # whose squares are infinite
+    for found in alone, heavy, huge:
+        assert math.isnan(found.standard_error)
+        assert "±" not in str(found)
+        assert not any("guessing" in sentence for sentence in found.findings)  # one example says nothing of it
 
 
 def test_too_many_examples_to_count():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +93,15 @@ MANY = {
     "tail": lambda z, k, y: jnp.mean(jaxce.log_probs(z, nine(y), return_aux=True)[1].tail),
     "linear": lambda h, k, y: jaxce.linear_cross_entropy(h[:, :4], k, y, reduction="mean"),
 }
+
+
+def test_a_symbolic_batch_of_diagnostics():
+    (b,) = export.symbolic_shape("b")
+    arrays = jax.ShapeDtypeStruct((b, 4), jnp.float32), jax.ShapeDtypeStruct((b,), jnp.int32)
+    for f in jaxce.diagnostics.brier, lambda z, y: tuple(jaxce.diagnostics.calibration(z, y)):
+        exported = export.deserialize(export.export(jax.jit(f))(*arrays).serialize())
+        given = jnp.eye(4)[:3], jnp.array([0, 1, 3])
+        chex.assert_trees_all_close(exported.call(*given), f(*given), rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", MANY)

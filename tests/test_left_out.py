@@ -203,6 +203,31 @@ def test_a_class_that_targets_and_logits_leave_out(form):
     np.testing.assert_allclose(jax.grad(loss)(s), [[*t * (surprise - t @ surprise), 0]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", [*IMPLEMENTATIONS, "linear", "probs"])
+def test_the_divisor_of_a_mean_grows_with_a_weight_that_is_0(form):
+    """By the class weight of its example: ∂(Σ wℓ/Σ wc)/∂w is (ℓ − mean·c)/Σ wc, at 0 as elsewhere."""
+    z, t, c, w = (
+        np.array([[0.0, 1], [1, 0.3], [2, 0.5]]),
+        np.eye(2)[[0, 1, 1]],
+        np.array([2.0, 3]),
+        np.array([1.0, 0, 0.5]),
+    )
+    z, t, c, w = (x.astype(np.float32) for x in (z, t, c, w))
+
+    def loss(w):
+        options = {"weights": w, "class_weights": c, "reduction": "mean"}
+        if form == "linear":
+            return jaxce.linear_cross_entropy(z, np.eye(2, dtype=np.float32), t, **options)
+        if form == "probs":
+            return jaxce.cross_entropy_from_probs(jax.nn.softmax(z), t, **options)
+        return jaxce.softmax_cross_entropy(z, t, implementation=form, **options)
+
+    of_class = t @ c
+    losses = of_class * (np.log(np.exp(z).sum(-1)) - (t * z).sum(-1))
+    mean, divisor = w @ losses / (w @ of_class), w @ of_class
+    np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(w)), (losses - mean * of_class) / divisor, rtol=1e-5)
+
+
 @pytest.mark.parametrize("form", IMPLEMENTATIONS)
 def test_a_class_of_weight_0_leaves_a_row_of_weight_0_its_numbers(form):
     z, probs = np.float32([[1, -np.inf, 2]]), np.float32([[0.5, 0.5, 0]])

@@ -42,7 +42,7 @@ def _probabilities(report: Any) -> str:
 
 
 def _chance(report: Any) -> str:
-    if report.classes == 1 or report.examples == 1:
+    if report.classes == 1 or math.isnan(report.standard_error):  # one example says nothing of it
         return ""
     # Where one label alone occurs, its frequency tells everything, which is no standard to be held to.
     guess = report.prior_chance or report.chance

@@ -54,8 +54,11 @@ def sums_by(index: Array, values: Array, size: int) -> Array:
     One after the other, a million values of 0.97 lose a hundredth of their sum in float32. So every 256 of them have
     sums of their own, which are added in pairs.
     """
-    rows = jnp.arange(len(values)) // _ROWS
-    sums = jnp.zeros((max(-(-len(values) // _ROWS), 1), size), values.dtype).at[rows, index].add(values, mode="drop")
+    (n,) = values.shape
+    if not isinstance(n, int):  # a symbol, of an export
+        return jnp.zeros(size, values.dtype).at[index].add(values, mode="drop")
+    rows = jnp.arange(n) // _ROWS
+    sums = jnp.zeros((max(-(-n // _ROWS), 1), size), values.dtype).at[rows, index].add(values, mode="drop")
     while len(sums) > 1:
         sums = jnp.pad(sums, ((0, len(sums) % 2), (0, 0)))
         sums = sums[::2] + sums[1::2]

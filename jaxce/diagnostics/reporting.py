@@ -124,7 +124,7 @@ class Report:
         return plots.plot(self)
 
     def __str__(self) -> str:
-        within = "" if self.examples == 1 else f" ± {self.standard_error:.4f}"
+        within = "" if math.isnan(self.standard_error) else f" ± {self.standard_error:.4f}"
         rows = [
             ("examples", f"{self.examples:,} of {self.classes:,} classes"),
             (
@@ -216,9 +216,9 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
         weight = s.class_weight.sum() + s.unattributed
         loss = (s.right_loss + s.wrong_loss) / weight
         hits = s.class_hits.sum()
-        effective = weight**2 / s.weight_squares
+        effective = np.clip(weight**2 / s.weight_squares, 1, s.examples)
         variance = np.maximum(s.loss_squares / weight - loss**2, 0)
-        error = np.sqrt(variance / (effective - 1)) if s.examples > 1 else math.nan
+        error = np.sqrt(variance / (effective - 1)) if effective > 1 + 1e-6 else math.nan  # float32 has no more digits
         frequency = s.class_weight / weight
         surprise = -np.log(frequency)
         prior_chance = float(np.sum(np.where(frequency == 0, 0, frequency * surprise))) + 0.0

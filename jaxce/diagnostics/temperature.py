@@ -64,13 +64,14 @@ def fit_temperature(
       Guo et al., "On Calibration of Modern Neural Networks", 2017, section 4.2. The loss is convex in 1/T, in which
       Newton's method runs inside a bracket; it halves the bracket (in the logarithm) where a step leaves it.
     """
-    if not np.iterable(bounds) or len(bounds) != 2:
+    both = tuple(bounds) if np.iterable(bounds) else ()
+    if len(both) != 2:
         checks.fail(ValueError, "bounds", "two numbers, the least T and the largest", repr(bounds))
-    for name, x in zip(("bounds[0]", "bounds[1]"), bounds, strict=True):
+    for name, x in zip(("bounds[0]", "bounds[1]"), both, strict=True):
         checks.scalar(name, x, 0, float("inf"))
-    if not 0 < bounds[0] < bounds[1]:
+    if not 0 < both[0] < both[1]:
         checks.fail(ValueError, "bounds", "0 < lower < upper", repr(bounds))
-    best: Array = _fit(*checked(logits, targets, weights, ignore_index), float(bounds[0]), float(bounds[1]))
+    best: Array = _fit(*checked(logits, targets, weights, ignore_index), *map(float, both))
     return best
 
 

@@ -63,7 +63,7 @@ def checked_linear(
         if shared.class_weights is not None:
             # Used more than once: their gradients are added before they are rounded.
             examples = examples._replace(probs=examples.probs.astype(shared.class_weights.dtype))
-    of_tokens = (1,) if examples.where is None else examples.where.shape[:-1]
+    *of_tokens, of_classes = (1, 1) if examples.where is None else examples.where.shape
     problem = Problem(
         N,
         D,
@@ -75,7 +75,7 @@ def checked_linear(
         weights=examples.weights is not None,
         class_weights=shared.class_weights is not None,
         mask_per_token=any(n != 1 for n in of_tokens),
-        mask_broadcast=any(n != 1 for n in of_tokens) and of_tokens != tuple(batch),
+        mask_broadcast=any(n != 1 for n in of_tokens) and of_tokens != batch and of_classes != 1,
         narrow_probs=narrow_probs,
     )
     if constants.implementation == "pallas_tpu":

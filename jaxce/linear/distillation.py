@@ -452,7 +452,8 @@ def _of_top_k(tail: bool, arguments: dict[str, Any]) -> Array:
     own = {name: arguments[name] for name in ("vocab_axis", "bias", "mode", "precision")}
 
     def of_student(unused: Array, **given: Any) -> tuple[Array, LogProbsAux]:
-        hidden = without_unused(unused, student.hidden)
+        given_all = all(arguments[name] is None for name in ("weights", "where"))
+        hidden = student.hidden if given_all else without_unused(unused, student.hidden)
         found: tuple[Array, LogProbsAux] = linear_log_probs(hidden, student.kernel, **own, **given)
         return found
 
