@@ -1055,7 +1055,7 @@ def _teacher(
     error = np.where(np.isfinite(z) & mask, error / temperature + 2 * eps * abs(z), 0).max(-1, initial=0)
     found = oracle.softmax(np.where(mask, z, -np.inf))
     below = np.where(np.isfinite(found.below), found.below, 0)
-    surprise = np.where(found.p > 0, found.surprise, 0)
+    surprise = np.where(np.isfinite(found.surprise), found.surprise, 0)
     return found.p, surprise, 2 * error[:, None] + (16 + below) * eps
 
 
@@ -1078,13 +1078,17 @@ class _Divergence:
         eps: float,
     ):
         self.softmax, self.count, self.w, self.student = student.softmax, student.count, w, student
-        q, mask = self.softmax.p, student.mask
+        mask = student.mask
+        # The logarithm of a probability may be known where it is itself too small for a float.
+        possible = np.isfinite(self.softmax.surprise) & mask
+        q = of_one = np.where(possible, np.maximum(self.softmax.p, np.finfo(float).tiny), 0)
         below = np.where(np.isfinite(self.softmax.below) & mask, self.softmax.below, 0)
         off_q = np.where(mask, 2 * off[:, None] + (16 + below) * eps, 0)
         N, V = q.shape
         group = np.broadcast_to(np.arange(V), (N, V))
         p, surprise, off_p = teacher
-        log_q = -np.where(q > 0, self.softmax.surprise, 0)
+        log_q = -np.where(possible, self.softmax.surprise, 0)
+        known = possible & ((p > 0) | (surprise > 0))
         if "teacher_indices" in params:
             K = params["teacher_indices"].shape[-1]
             indices, p = (params[name].reshape(N, K) for name in ("teacher_indices", "teacher_probs"))
@@ -1096,13 +1100,18 @@ class _Divergence:
             p = np.concatenate([p, rest], -1)
             off_p = np.full(p.shape, 8 * eps)
             surprise, log_q = (-np.log(np.where(x > 0, x, 1)) * sign for x, sign in ((p, 1), (q, -1)))
+            known = (p > 0) & (q > 0)
         kind, beta = case.constants.get("divergence", "forward_kl"), case.constants.get("beta", 0.5)
         on_p, on_q = {"forward_kl": (1, 0), "reverse_kl": (0, 1), "jsd": (beta, 1 - beta)}[kind]
-        log_ratio = np.where((p > 0) & (q > 0), log_q + surprise, 0)  # of q to p
-        of_m = np.log(beta + (1 - beta) * np.exp(log_ratio)) if kind == "jsd" else log_ratio * on_p  # log(m/p)
+        log_ratio = np.where(known, log_q + surprise, 0)  # of q to p
+        of_m = (
+            np.logaddexp(np.log(beta), np.log(1 - beta) + log_ratio) if kind == "jsd" else log_ratio * on_p
+        )  # log(m/p)
         either = off_q + off_p
         of_log = either / (min(beta, 1 - beta) if kind == "jsd" else 1)
         of_p, of_q = -of_m, log_ratio - of_m  # log(p/m), log(q/m)
+        if kind == "jsd":  # where one of them is 0, m is a share of the other
+            of_p, of_q = np.where(known, of_p, -np.log(beta)), np.where(known, of_q, -np.log(1 - beta))
         terms = on_p * p * of_p + on_q * q * of_q
         self.value, size = np.sum(terms, -1), np.sum(on_p * p * abs(of_p) + on_q * q * abs(of_q), -1)
         self.size = size
@@ -1115,7 +1124,6 @@ class _Divergence:
         def of_class(x: np.ndarray) -> np.ndarray:
             return np.take_along_axis(x, group, -1)
 
-        of_one = self.softmax.p
         self.gradient = of_one * (of_class(slope) - mean)
         self.gradient_size = of_one * (of_class(abs(slope)) + mean_size)
         relative = of_class(off_q) * (of_class(abs(slope)) + mean_size)
