@@ -48,9 +48,13 @@ def slice_of(x: Array, start: Any, size: int, axis: int) -> Array:
     XLA takes slices of wide numbers only (in JAX 0.10, not in 0.12), and would widen all of `x` before the loop if it
     did not depend on the loop. The losses of 256 x 32768 and 512 x 50257 in bfloat16 then took two to four times as
     long, and the linear ones held their kernels in float32.
+
+    With JAX 0.12 the process ends (an LLVM error) where a slice of bfloat16 is multiplied in float64, unless it is
+    written out.
     """
     x, start = lax.optimization_barrier((x, jnp.asarray(start, jnp.int32)))
-    return lax.dynamic_slice_in_dim(x, start, size, axis)
+    part = lax.dynamic_slice_in_dim(x, start, size, axis)
+    return lax.optimization_barrier(part) if jnp.result_type(float) == jnp.float64 else part
 
 
 def multiplies(dtype: DTypeLike) -> bool:

@@ -327,6 +327,18 @@ def test_float16_gradients_of_unlikely_classes_do_not_vanish(rng):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_beside_float64(x64, rng, mode):
+    """Probabilities and a bias, in blocks: where slices of them are multiplied, XLA has ended the process."""
+    args = {name: jnp.asarray(x, np.float64) for name, x in arguments(rng, "probs").items()}
+    args |= {name: args[name].astype(jnp.bfloat16) for name in ("targets", "bias")}
+    with blocks(mode, 4, 6):
+        found = jax.value_and_grad(lambda h: fused(args | {"hidden": h}, reduction="mean"))(args["hidden"])
+    args |= {name: args[name].astype(np.float64) for name in ("targets", "bias")}
+    wanted = jax.value_and_grad(lambda h: dense(args | {"hidden": h}, reduction="mean"))(args["hidden"])
+    chex.assert_trees_all_close(found, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_float64(x64, rng, mode):
     args = {
         name: jnp.asarray(np.asarray(x, np.float64)) if name != "targets" else x for name, x in arguments(rng).items()
