@@ -333,8 +333,10 @@ def test_bfloat16_beside_float64(x64, rng, mode):
     args |= {name: args[name].astype(jnp.bfloat16) for name in ("targets", "bias")}
     with blocks(mode, 4, 6):
         found = jax.value_and_grad(lambda h: fused(args | {"hidden": h}, reduction="mean"))(args["hidden"])
-    args |= {name: args[name].astype(np.float64) for name in ("targets", "bias")}
-    wanted = jax.value_and_grad(lambda h: dense(args | {"hidden": h}, reduction="mean"))(args["hidden"])
+    targets, bias = (args.pop(name).astype(np.float64) for name in ("targets", "bias"))
+    hidden, kernel = args.pop("hidden"), args.pop("kernel")
+    of_logits = functools.partial(softmax_cross_entropy, targets=targets, **args, reduction="mean")
+    wanted = jax.value_and_grad(lambda h: of_logits(h @ kernel + bias[None]))(hidden)
     chex.assert_trees_all_close(found, wanted, rtol=1e-12)
 
 
