@@ -79,6 +79,7 @@ def who_counts(
     counts = Counts(classes, counted, weight, unused)
     if shared.class_weights is not None:
         of_class = _class_weight_of_examples(options, examples, counts, shared.class_weights)
+        of_class = jnp.where(unused & ~jnp.isfinite(of_class), jnp.zeros_like(of_class), of_class)
         counts = counts._replace(weight=jnp.where(counted, weight * of_class, jnp.zeros_like(weight)))
     return counts
 
@@ -203,12 +204,11 @@ def _class_weight_of_examples(options: Options, examples: Examples, counts: Coun
 
 @jax.custom_jvp
 def _weights_of_used(probs: Array, class_weights: Array, unused: Array) -> Array:
-    """The product, but 0 for what is not finite in unused rows.
+    """The product, whose derivative is one of what is finite in unused rows.
 
-    A select of the probabilities would write them out again, which their derivative alone needs.
+    A select of the probabilities would write them out again, which the product itself does not need.
     """
-    of_class = jnp.matmul(probs, class_weights, precision="highest")
-    return jnp.where(unused & ~jnp.isfinite(of_class), jnp.zeros_like(of_class), of_class)
+    return jnp.matmul(probs, class_weights, precision="highest")
 
 
 def _weights_of_used_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
@@ -229,7 +229,7 @@ def reduce(options: Options, loss: Array, counts: Counts) -> Array:
     if options.reduction == "sum":
         return total
     divisor, nothing = mean_divisor(options, counts)
-    return jnp.where(nothing, 0, total / divisor)
+    return mean_or_0(total / divisor, nothing)
 
 
 def mean_divisor(options: Options, counts: Counts) -> tuple[Array, Array]:
@@ -242,6 +242,11 @@ def mean_divisor(options: Options, counts: Counts) -> tuple[Array, Array]:
     divisor = sum_over(divisor, options.batch_axis_name)
     nothing = divisor == 0
     return jnp.where(nothing, 1, divisor), nothing
+
+
+def mean_or_0(mean: Array, nothing: Array) -> Array:
+    """0 over nothing, but NaN stays: labels that are no class may weigh nothing where classes are split."""
+    return jnp.where(nothing & ~jnp.isnan(mean), jnp.zeros_like(mean), mean)
 
 
 def zero_if_too_large(x: Array, unused: Array) -> Array:

@@ -38,7 +38,7 @@ from jaxce.log_probabilities import LogProbsAux, log_probs
 from jaxce.lookup import repeated_entries, sums_of_same
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import explicit_mesh, mask_like, place, shard_count, spec_of, sum_over, vary, varying
+from jaxce.sharding import alike, explicit_mesh, mask_like, place, shard_count, spec_of, sum_over, vary, varying
 from jaxce.stats import Terms, finite, merge_shards, tempered, working_dtype
 from jaxce.sums import Rows, effective, row_stats
 from jaxce.targets import SparseTargets, Targets, checked_sparse, is_class
@@ -315,6 +315,8 @@ def top_k_loss(
         given = repr(options["teacher_logit_softcap"])
         checks.fail(ValueError, "teacher_logit_softcap", "None beside a teacher's probabilities", given)
     examples, of = checked_distillation(full, class_axes, dtype, **options)
+    same = functools.partial(alike, axes=of.options.axis_name)
+    (indices, probs), examples = same((indices, probs)), examples.by_kind(row=same)
     classes = None
     if examples.where is not None:
         count = jnp.sum(examples.where, tuple(class_axes), dtype=jnp.int32)

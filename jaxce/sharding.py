@@ -56,12 +56,16 @@ def vary(tree: Tree, axes: frozenset[str]) -> Tree:
     return varied
 
 
-def alike(tree: Tree, axes: AxisNames) -> Tree:
+def alike(tree: Tree, axes: AxisNames, ignore_index: int | None = None) -> Tree:
     """The arrays, of one type on all devices along the axes: what was gathered there varies by its type alone.
 
     Where it does differ, numbers are NaN, and indices those of no class. The derivative adds the devices' gradients up
     and gives each its share.
     """
+
+    def no_class(x: Array) -> int:
+        limits = jnp.iinfo(x.dtype)
+        return int(limits.max if ignore_index == limits.min else limits.min)
 
     def same(x: Array) -> Array:
         over = tuple(sorted(varying(x) & set(axes)))
@@ -70,7 +74,7 @@ def alike(tree: Tree, axes: AxisNames) -> Tree:
         fixed = lax.stop_gradient(x)
         largest, least = lax.pmax(fixed, over), lax.pmin(fixed, over)
         floats = jnp.issubdtype(x.dtype, jnp.floating)
-        value: Array = jnp.where(largest == least, largest, jnp.nan if floats else jnp.iinfo(x.dtype).min)
+        value: Array = jnp.where(largest == least, largest, jnp.nan if floats else no_class(x))
         return value + lax.pmean(jnp.where(jnp.isfinite(x), x - fixed, 0), over) if floats else value
 
     same_tree: Tree = jax.tree.map(same, tree)

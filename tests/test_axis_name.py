@@ -333,7 +333,7 @@ def test_classes_on_an_axis_counted_from_the_end(vocab_axis, shape, spec):
 
 @pytest.mark.parametrize("gathered", ["all", "hidden"])
 @pytest.mark.parametrize("asked", ["all devices", "one device"])
-@pytest.mark.parametrize("loss", ["cross-entropy", "divergence"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "divergence", "divergence from some classes"])
 def test_what_was_gathered_over_the_devices_of_the_classes(rng, loss, asked, gathered, monkeypatch):
     """Varies over them by its type, in blocks of tokens too; counts and losses do not, whoever asks for a gradient."""
     args = linear_arguments(rng, "index", v=32)
@@ -349,6 +349,9 @@ def test_what_was_gathered_over_the_devices_of_the_classes(rng, loss, asked, gat
         options |= {"weights": floats["weights"], "temperature": floats["T"]}
         if loss == "divergence":
             return jaxce.linear_distillation_loss(floats["h"], k, jnp.sin(floats["h"]), jnp.cos(k), **options)
+        if loss == "divergence from some classes":
+            teacher = jaxce.SparseTargets(labels[:, None], 0.5 * jnp.ones_like(floats["T"])[:, None])
+            return jaxce.linear_distillation_loss(floats["h"], k, teacher, **options | {"mode": None})
         own = lax.pcast(smoothing, axis, to="varying") if axis and gathered == "all" else smoothing
         return linear_cross_entropy(floats["h"], k, labels, ignore_index=ignored, label_smoothing=own, **options)
 
@@ -373,16 +376,35 @@ def test_what_was_gathered_over_the_devices_of_the_classes(rng, loss, asked, gat
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("split", ["labels", "weights"])
+@pytest.mark.parametrize("loss", ["dense", "linear"])
+def test_labels_that_are_no_class_weigh_nothing_and_are_nan(loss):
+    """Their class weight is on no device, and the divisor of the mean is 0."""
+    z, labels, weights = np.ones((3, 8), np.float32), np.full(3, 99), np.ones(8, np.float32)
+
+    def mean(z, weights):
+        options = {"class_weights": weights, "axis_name": "v", "reduction": "mean"}
+        if loss == "dense":
+            return softmax_cross_entropy(z, labels, **options)
+        return linear_cross_entropy(np.ones((3, 3), np.float32), z, labels, **options)
+
+    mapped = jax.shard_map(mean, mesh=mesh_of(4), in_specs=(P(None, "v"), P("v")), out_specs=P())
+    assert np.isnan(jax.jit(mapped)(z, weights))
+
+
+@pytest.mark.parametrize("split", ["labels", "weights", "labels and class weights", "labels that may be ignored"])
 def test_tokens_that_were_not_gathered_over_the_devices_of_the_classes(rng, split):
     """Every device has others, of which there is no loss: NaN."""
+    options = {"ignore_index": -(2**31)} if split.endswith("ignored") else {}
+    if split.endswith("class weights"):
+        options = {"class_weights": np.ones(8, np.float32)}
+    split = split.split()[0]
     args = linear_arguments(rng, "index", v=32)
     h, k, labels = np.asarray(args["hidden"])[:2], np.asarray(args["kernel"]), np.arange(8, dtype=np.int32)
     given = {"labels": np.repeat(labels[:1], 8), "weights": np.ones(8, np.float32)}
     given[split] = labels.astype(given[split].dtype)
 
     def loss(k, labels, weights):
-        return linear_cross_entropy(h, k, labels, weights=weights, axis_name="v", reduction="mean")
+        return linear_cross_entropy(h, k, labels, weights=weights, axis_name="v", reduction="mean", **options)
 
     mapped = jax.shard_map(loss, mesh=mesh_of(4), in_specs=(P(None, "v"), P("v"), P("v")), out_specs=P())
     assert np.isnan(jax.jit(mapped)(k, given["labels"], given["weights"]))

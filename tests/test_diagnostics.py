@@ -73,8 +73,9 @@ def test_the_standard_error():
     np.testing.assert_allclose(found.standard_error, nll[:20].std(ddof=1) / np.sqrt(20), rtol=1e-3)
     alone = diagnostics.report(logits[:1], labels[:1])
     heavy = diagnostics.report(logits, labels, weights=np.where(np.arange(60) == 0, 0.1, 1e-12))
-    huge = diagnostics.report(logits, labels, weights=1e25)  # whose squares are infinite
-    for found in alone, heavy, huge:
+    huge, tiny = (diagnostics.report(logits, labels, weights=w) for w in (1e25, 1e-25))  # whose squares are inf and 0
+    assert math.isnan(huge.effective_examples)
+    for found in alone, heavy, huge, tiny:
         assert math.isnan(found.standard_error)
         assert "±" not in str(found)
         assert not any("guessing" in sentence for sentence in found.findings)  # one example says nothing of it

@@ -51,14 +51,12 @@ _ROWS = 256  # that are added one after the other
 def sums_by(index: Array, values: Array, size: int) -> Array:
     """`[size]`, the sums of `values [N]` by `index [N]`; what has none from 0 to size−1 is in no sum.
 
-    One after the other, a million values of 0.97 lose a hundredth of their sum in float32. So every 256 of them have
-    sums of their own, which are added in pairs.
+    One after the other, a million values of 0.97 lose a hundredth of their sum in float32. So no more than 256 of them
+    go into one sum, and these are added in pairs.
     """
     (n,) = values.shape
-    if not isinstance(n, int):  # a symbol, of an export
-        return jnp.zeros(size, values.dtype).at[index].add(values, mode="drop")
-    rows = jnp.arange(n) // _ROWS
-    sums = jnp.zeros((max(-(-n // _ROWS), 1), size), values.dtype).at[rows, index].add(values, mode="drop")
+    tables = max(-(-n // _ROWS), 1) if isinstance(n, int) else _ROWS  # as many for a symbol
+    sums = jnp.zeros((tables, size), values.dtype).at[jnp.arange(n) % tables, index].add(values, mode="drop")
     while len(sums) > 1:
         sums = jnp.pad(sums, ((0, len(sums) % 2), (0, 0)))
         sums = sums[::2] + sums[1::2]

@@ -171,7 +171,7 @@ def prepared(
 
 def alike_on_devices(options: Options, examples: Examples, shared: Shared) -> tuple[Examples, Shared]:
     """What has no class axis is the same on all devices of the classes: then so is the loss of a row."""
-    alike = functools.partial(sharding.alike, axes=options.axis_name)
+    alike = functools.partial(sharding.alike, axes=options.axis_name, ignore_index=options.ignore_index)
     weights, *numbers = shared
     return examples.by_kind(row=alike, entries=alike), Shared(weights, *alike(numbers))
 

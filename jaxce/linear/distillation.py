@@ -22,7 +22,7 @@ from jax.lax import PrecisionLike
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared, flat
-from jaxce.compose import Counts, mean_divisor, usable_temperature, who_counts, zero_if_too_large
+from jaxce.compose import Counts, mean_divisor, mean_or_0, usable_temperature, who_counts, zero_if_too_large
 from jaxce.distillation import (
     Distillation,
     Factors,
@@ -186,7 +186,7 @@ def _logits(plan: Plan, tokens: Tokens, start: Any, size: int, kept: Models[Arra
 
     def of_model(schedule: Schedule, model: Projection) -> Array:
         part = lax.optimization_barrier(take(model.kernel, start, size, schedule.vocab_axis, schedule))
-        bias = None if model.bias is None else take(model.bias, start, size, 0)
+        bias = None if model.bias is None else take(model.bias, start, size, 0, schedule)
         return logits(model.hidden, part, bias, schedule).astype(_working(tokens.models))
 
     return Models(*(of_model(schedule, model) for schedule, model in zip(plan, tokens.models, strict=True)))
@@ -554,7 +554,7 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
         return composed(of, value, examples, counts)
     divisor, nothing = mean_divisor(options, counts)
     total = _weighted_sum(plans, of, tokens, (counts.weight / divisor).reshape(math.prod(batch)))
-    return jnp.where(nothing, 0, sum_over(total, options.batch_axis_name))
+    return mean_or_0(sum_over(total, options.batch_axis_name), nothing)
 
 
 def _varied(

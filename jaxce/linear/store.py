@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Projection, Shared, of_nll, of_terms
-from jaxce.compose import Counts, CrossEntropyAux, compose, mean_divisor
+from jaxce.compose import Counts, CrossEntropyAux, compose, mean_divisor, mean_or_0
 from jaxce.linear import costs, recompute, vocabulary
 from jaxce.linear.blocks import Schedule, Schedules, by_platform, over_blocks, put, take
 from jaxce.linear.chips import Gpu
@@ -54,7 +54,7 @@ def loss(
     divisor, nothing = mean_divisor(options, counts)
     sums = dataclasses.replace(options, reduction="sum", batch_axis_name=())
     total, aux = _summed_loss(schedules, sums, *arguments, counts, vary(divisor, rows))
-    total = jnp.where(nothing, 0, sum_over(total, options.batch_axis_name))
+    total = mean_or_0(sum_over(total, options.batch_axis_name), nothing)
     return total if aux is None else (total, aux._replace(weight=counts.weight))
 
 
