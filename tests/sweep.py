@@ -1104,9 +1104,9 @@ class _Divergence:
         kind, beta = case.constants.get("divergence", "forward_kl"), case.constants.get("beta", 0.5)
         on_p, on_q = {"forward_kl": (1, 0), "reverse_kl": (0, 1), "jsd": (beta, 1 - beta)}[kind]
         log_ratio = np.where(known, log_q + surprise, 0)  # of q to p
-        of_m = (
-            np.logaddexp(np.log(beta), np.log(1 - beta) + log_ratio) if kind == "jsd" else log_ratio * on_p
-        )  # log(m/p)
+        of_m = log_ratio * on_p  # log(m/p)
+        if kind == "jsd":
+            of_m = np.logaddexp(np.log(beta), np.log(1 - beta) + log_ratio)
         either = off_q + off_p
         of_log = either / (min(beta, 1 - beta) if kind == "jsd" else 1)
         of_p, of_q = -of_m, log_ratio - of_m  # log(p/m), log(q/m)

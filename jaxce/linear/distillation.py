@@ -450,10 +450,10 @@ def _of_top_k(tail: bool, arguments: dict[str, Any]) -> Array:
     axes = checks.mesh_axes(*(arguments[name] for name in ("axis_name", "batch_axis_name", "reduction")))
     checks.split_over("hidden", student.hidden, axes[1], "tokens")
     own = {name: arguments[name] for name in ("vocab_axis", "bias", "mode", "precision")}
+    all_used = arguments["weights"] is None and arguments["where"] is None
 
     def of_student(unused: Array, **given: Any) -> tuple[Array, LogProbsAux]:
-        given_all = all(arguments[name] is None for name in ("weights", "where"))
-        hidden = student.hidden if given_all else without_unused(unused, student.hidden)
+        hidden = student.hidden if all_used else without_unused(unused, student.hidden)
         found: tuple[Array, LogProbsAux] = linear_log_probs(hidden, student.kernel, **own, **given)
         return found
 

@@ -410,8 +410,7 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     of_block = costs.block_bytes(p, platform, rows, block_v)
     if platform == "cpu" and block_v == p.V and p.hidden == p.kernel == p.working:
         sums += p.D * p.V * p.working.itemsize  # what these tokens add to dkernel; otherwise block_bytes counts it
-    rows_of_all = costs.row_bytes(p, platform) + written_out
-    return (logits + same_tokens) * p.working.itemsize + sums + of_block + rows_of_all
+    return (logits + same_tokens) * p.working.itemsize + sums + of_block + written_out + costs.row_bytes(p, platform)
 
 
 def kept_bytes(p: Problem, block_n: int, block_v: int) -> int:
