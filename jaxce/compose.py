@@ -30,7 +30,7 @@ class CrossEntropyAux(NamedTuple):
 
     Attributes:
       nll: −Σ_c t_c log p_c of the targets as given: without smoothing, weights or z-loss; 0 for ignored examples.
-      log_normalizer: logsumexp of the logits.
+      log_normalizer: logsumexp of the logits, after soft cap, temperature and mask.
       entropy: −Σ_c p_c log p_c of the predicted distribution, in nats.
       prediction: int32, the class with the largest logit (the first of equals).
       weight: the weight the example was given: `weights` times its class weight; 0 for ignored examples. `"mean"`

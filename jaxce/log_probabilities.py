@@ -31,7 +31,7 @@ class LogProbsAux(NamedTuple):
 
     Attributes:
       entropy: −Σ_c p_c log p_c, in nats.
-      log_normalizer: logsumexp of the logits.
+      log_normalizer: logsumexp of the logits, after soft cap, temperature and mask.
       prediction: int32, the class with the largest logit (the first of equals).
       tail: log of the probability of all classes but the ids, log(1 − Σ_k p_k) with each id counted once, exact
         where that is tiny and where it is nearly 1; −inf if there are no others.

@@ -22,8 +22,9 @@ class SparseTargets(NamedTuple):
     """A target distribution with K classes of probability other than zero, whatever the number of classes.
 
     It stands for t with t[indices[k]] += probs[k]: the same class may occur more than once (mixup of two examples of
-    one class), and entries of probability 0 count for nothing, whatever their index. It is a pytree, so it goes
-    through jit, vmap and grad like an array.
+    one class), and entries of probability 0 count for nothing, whatever their index. An index that is `ignore_index`
+    counts as one of probability 0, and an example whose indices all are is ignored. It is a pytree, so it goes through
+    jit, vmap and grad like an array.
 
     Args:
       indices: integers `[..., K]`, class indices.

@@ -168,6 +168,8 @@ def draw_arguments(rng: np.random.Generator) -> Case:
         form = "log_probs" if kind != "probs" else "distillation"
         if (form, transform) in (("log_probs", "symbolic"), ("distillation", "hvp")):
             form = None
+        if (form, transform, kind) == ("log_probs", "debug_infs", "sparse"):
+            form = None  # the log of what is left beside ids that are all there is is -inf, and rightly stopped at
     log_probs, distilled = form == "log_probs", form == "distillation"
 
     # Sizes that divide nothing, but for what a mesh splits.
@@ -222,7 +224,8 @@ def draw_arguments(rng: np.random.Generator) -> Case:
     shape = None
     if function != "probs" and maybe(0.25) and N:
         ones = (1,) * len(batch)
-        classes = (*ones, V) if batch == (V,) else (V,)  # which could be of the batch
+        of_batch = batch == (V,) or mesh == "shard_map"  # [V] could be meant for it, on one device too
+        classes = (*ones, V) if of_batch else (V,)
         shape = pick(classes, (*batch, V), (*ones, V), (*batch, 1)) if steps is None else classes
         mask = rng.random(shape) < (0.7 if shape[-1] == V else 0.8)
         if shape[-1] == V:

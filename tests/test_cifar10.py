@@ -41,7 +41,7 @@ def standard_promotion():
 
 @pytest.fixture
 def console():
-    return Console(file=io.StringIO(), width=200)
+    return Console(file=io.StringIO(), soft_wrap=True)
 
 
 def output(console):
@@ -373,7 +373,7 @@ def run(output_dir, console, settings=None, **options):
 def finished(tmp_path_factory):
     """One tiny run: the rows, where it wrote, and what it printed."""
     path = tmp_path_factory.mktemp("run")
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), soft_wrap=True)
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(datasets, "URL", (path / "nothing here").as_uri())
         return run(path, console), path, output(console)

@@ -398,16 +398,30 @@ def test_whole_weights_are_repetitions(rng):
     np.testing.assert_allclose(found.histogram.right, wanted.histogram.right)
 
 
-@pytest.mark.parametrize("spoil", ["logit", "label above", "label below", "weight", "negative weight"])
-def test_what_cannot_be_known_is_nan(rng, spoil):
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        ("logit", "logits that are NaN or +inf"),
+        ("infinite logit", "logits that are NaN or +inf"),
+        ("impossible row", "rows of nothing but -inf"),
+        ("label above", "labels that are no class"),
+        ("label below", "labels that are no class"),
+        ("weight", "weights that are NaN, infinite or negative"),
+        ("infinite weight", "weights that are NaN, infinite or negative"),
+        ("negative weight", "weights that are NaN, infinite or negative"),
+    ],
+)
+def test_what_cannot_be_known_is_nan(rng, spoil, cause):
     logits, labels = draw(rng)
     weights = np.ones(len(labels), np.float32)
-    if spoil == "logit":
-        logits[3, 2] = np.nan
+    if spoil.endswith("logit"):
+        logits[3, 2] = np.inf if spoil == "infinite logit" else np.nan
+    elif spoil == "impossible row":
+        logits[3] = -np.inf
     elif spoil.startswith("label"):
         labels[3] = 7 if spoil == "label above" else -1
     else:
-        weights[3] = np.nan if spoil == "weight" else -1
+        weights[3] = {"weight": np.nan, "infinite weight": np.inf, "negative weight": -1}[spoil]
     found = diagnostics.report(logits, labels, weights=weights)
     for name in ("loss", "accuracy", "skill", "perplexity", "brier", "expected_calibration_error", "accuracy_bound"):
         assert math.isnan(getattr(found, name)), name
@@ -415,6 +429,7 @@ def test_what_cannot_be_known_is_nan(rng, spoil):
     assert math.isnan(found.top_k[5])
     assert found.costliest[0].index == 3
     assert "The loss is NaN" in found.findings[0]
+    assert cause in found.findings[0]
     json.dumps(found.to_dict(), allow_nan=False)
     assert math.isnan(diagnostics.brier(logits, labels, weights=weights))
     assert math.isnan(diagnostics.calibration(logits, labels, weights=weights).expected_error)

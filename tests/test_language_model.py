@@ -39,7 +39,7 @@ def standard_promotion():
 
 @pytest.fixture
 def console():
-    return Console(file=io.StringIO(), width=400)
+    return Console(file=io.StringIO(), soft_wrap=True)
 
 
 def output(console):
@@ -340,7 +340,7 @@ def finished(tmp_path_factory):
     """One tiny run on text of one's own: the rows, where it wrote, and what it printed."""
     path = tmp_path_factory.mktemp("run")
     (path / "text.txt").write_text("".join(f"There were {i} of [them] before.\n\n" for i in range(400)))
-    console = Console(file=io.StringIO(), width=400)
+    console = Console(file=io.StringIO(), soft_wrap=True)
     with jax.numpy_dtype_promotion("standard"):
         rows = program.run(
             make_settings(steps=25), data=path / "text.txt", output_dir=path / "new" / "results", console=console

@@ -1,4 +1,4 @@
-"""The table of DESIGN section 2: every number that the losses promise, against the oracle on the very inputs given."""
+"""Every number that the losses promise, against the oracle on the very inputs given."""
 
 import functools
 

@@ -47,7 +47,7 @@ class Run:
 
     def __init__(self, objective, text, path):
         self.objective, self.path, self.given = objective, path, {}
-        console = Console(file=io.StringIO(), width=400)
+        console = Console(file=io.StringIO(), soft_wrap=True)
         with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
             patch.setitem(program.STAGES, objective, self.noted(program.STAGES[objective]))
             program.run(SETTINGS[objective], data=text, output_dir=path, console=console)

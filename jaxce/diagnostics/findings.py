@@ -27,8 +27,8 @@ def _unknown(report: Any) -> str:
     if not math.isnan(report.loss):
         return ""
     return (
-        "The loss is NaN: there are NaN logits, NaN or negative weights, or labels that are no class. "
-        "The costliest examples show where."
+        "The loss is NaN: there are logits that are NaN or +inf, rows of nothing but -inf, weights that are NaN, infinite "
+        "or negative, or labels that are no class. The costliest examples show where."
     )
 
 

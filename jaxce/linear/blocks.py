@@ -112,7 +112,7 @@ ad.deflinear2(_row_major_p, lambda ct, _: [ct])
 
 
 def retiled_classes(kernel: Array, start: Any, size: int, vocab_axis: int) -> Array:
-    """`take` of a block of the kernel, retiled on its way (see "Retiling" in `jaxce.linear.plan`)."""
+    """`take` of a block of the kernel, retiled on its way (see "TPU7x" in `jaxce.linear.chips`)."""
     if vocab_axis == 0:
         rows = kernel.at[jnp.asarray(start, jnp.int32) + jnp.arange(size, dtype=jnp.int32)]
         return rows.get(mode="promise_in_bounds", unique_indices=True, indices_are_sorted=True)
