@@ -168,6 +168,8 @@ def run(args: argparse.Namespace) -> None:
     if args.h100_target_config:
         compile_for_h100(args)
         return
+    if args.cpu_rehearsal:
+        jax.config.update("jax_platforms", "cpu")
     device = next((d for d in jax.devices() if d.platform == "gpu"), None)
     if device is None and not args.cpu_rehearsal:
         sys.exit(NO_CARD)
@@ -181,7 +183,6 @@ def run(args: argparse.Namespace) -> None:
     environment |= {"gpu": kind or "none", "driver": driver(), "runtime": jax.devices()[0].client.platform_version}
     results: dict[str, Any] = {"command": "python -m benchmarks gpu", "environment": environment}
     results |= {"rows": [], "not_reached": [str(cell) for cell in cells]}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / ("gpu-rehearsal.json" if rehearsal else "gpu.json")
     end = time.perf_counter() + 60 * args.minutes
     for cell in cells:
@@ -241,7 +242,6 @@ def compile_for_h100(args: argparse.Namespace) -> None:
         print(rows[-1], flush=True)
     results = {"command": "python -m benchmarks gpu --h100-target-config FILE", "compiled for": kind}
     results |= {"environment": measure.environment("jaxce", "jax", "jaxlib"), **dataclasses.asdict(COMPILED)}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "h100-compiled.json"
     path.write_text(json.dumps(results | {"rows": rows}, indent=1) + "\n")
     print(f"wrote {path.name} to {args.output_dir}")

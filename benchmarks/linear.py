@@ -253,7 +253,6 @@ def run(args: argparse.Namespace) -> None:
         "rows": rows,
         "tpu": tpu_rows(SMOKE_TPU_CELLS if args.smoke else TPU_CELLS),
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "linear-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
     plot_memory(rows, args.output_dir / "linear-memory.png")
     plot_time(rows, args.output_dir / "linear-time.png")

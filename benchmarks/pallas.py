@@ -8,7 +8,9 @@ there is a second reading, in which what is no product takes no longer than its 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +44,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     console = Console(width=130)
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit("libtpu, the compiler for TPU, is not installed; it exists for Linux on x86-64.")
     chips = ["v6e"] if args.smoke else [*llo.CHIPS]
     calibrations = {chip: llo.counted(chip) for chip in chips}
     cells = [(chip, *cell) for cell in (SMOKE_SHAPES if args.smoke else SHAPES) for chip in chips]
@@ -51,7 +55,6 @@ def run(args: argparse.Namespace) -> None:
         "environment": measure.environment("jaxce", "jax", "jaxlib", "optax", "libtpu"),
         "rows": rows,
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "pallas-tpu.json").write_text(json.dumps(results, indent=1) + "\n")
     show(console, rows)
     console.print(f"wrote pallas-tpu.json to {args.output_dir}")

@@ -160,7 +160,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     console = Console(width=120)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.h100_target_config:
         results = {
             "command": "python -m benchmarks posttraining --h100-target-config FILE",

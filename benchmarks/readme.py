@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 from typing import Any
 
 from benchmarks.measure import geometric_mean
@@ -540,8 +541,15 @@ def up_to_date(page: str) -> str:
     """`page` with the tables of the results files."""
     for name in names(page):
         table, *paths = TABLES[name]
-        page = rendered(page, name, table(*(json.loads((RESULTS / path).read_text()) for path in paths)))
+        page = rendered(page, name, table(*map(results_in, paths)))
     return page
+
+
+def results_in(path: str) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((RESULTS / path).read_text())
+    if not results.get("tpu", True):
+        sys.exit(f"{path}: no figures for TPU. Write it anew where libtpu is installed (Linux on x86-64).")
+    return results
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

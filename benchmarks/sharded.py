@@ -147,7 +147,6 @@ def run(args: argparse.Namespace) -> None:
         "cpu": cpu,
         "tpu": compiled,
     }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "sharded.json").write_text(json.dumps(results, indent=1) + "\n")
     show(console, results)
     console.print(f"wrote sharded.json to {args.output_dir}")

@@ -19,7 +19,7 @@ from jaxce.reverse_mode import jvp
 from jaxce.serialization import serializable
 from jaxce.sharding import explicitly_sharded, sum_over
 from jaxce.stats import Terms, times
-from jaxce.targets import class_weight_at, entry_probs, nan_where_unknown
+from jaxce.targets import class_weight_at, entry_probs, is_class, nan_where_unknown
 
 
 class CrossEntropyAux(NamedTuple):
@@ -147,7 +147,8 @@ def compose(
         probs = entry_probs(examples.indices, examples.probs, options.ignore_index)
         idle = counts.unused[..., None] if probs is None else counts.unused[..., None] | (probs == 0)
         known = nan_where_unknown(examples.indices, num_classes, idle).astype(dtype)
-        surprise = terms.target * known
+        nothing = idle & ~is_class(examples.indices, num_classes)  # whose term is that of no class
+        surprise = jnp.where(nothing, 0, terms.target) * known
         probs = jnp.ones_like(surprise) if probs is None else probs.astype(dtype)
         nll = jnp.sum(times(probs, surprise), -1)
         target = nll

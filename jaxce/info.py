@@ -62,14 +62,18 @@ def rows() -> Iterator[tuple[str, str]]:
 
 def _without_paths(flags: str) -> str:
     """Values other than numbers and bools are left out."""
-    given = [flag for flag in shlex.split(flags) if flag.startswith("--")]
+    try:
+        words = shlex.split(flags)
+    except ValueError:  # a quote that nothing closes
+        words = flags.split()
+    given = [flag for flag in words if flag.startswith("--")]
     return " ".join(re.sub(r"=(?!(true|false|[\d.]+)$).*", "=...", flag) for flag in given)
 
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m jaxce.info", description=__doc__).parse_args()
     for name, value in rows():
-        print(f"{name:<32}{value}".rstrip())
+        print(f"{name:<32}{value}".rstrip(), flush=True)  # XLA may end the process at the next row
 
 
 if __name__ == "__main__":

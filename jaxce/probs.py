@@ -60,8 +60,8 @@ def cross_entropy_from_probs(
       2.3025851
 
     Note:
-      Kullback and Leibler (1951); the same loss as `keras.losses.CategoricalCrossentropy` without its clipping at 1e-7 and its
-      division by the sum of the probabilities.
+      Kullback and Leibler (1951); the same loss as `keras.losses.CategoricalCrossentropy` without its clipping at 1e-7
+      and its division by the sum of the probabilities.
     """
     probs = checks.float_array("probs", probs, targets)
     axes = checks.class_axes(axis, probs.ndim)

@@ -238,7 +238,8 @@ def _moved(gap: Gap, old: Array, new: Array) -> Gap:
 
 
 def _rescaled_spread(spread: Array, stats: RowStats, maximum: Array) -> Array:
-    down = jnp.where(stats.max == -jnp.inf, 0, maximum - shift(stats.max))
+    # Limited to where exp(-down) is 0: times the number of classes, that of a mask of finfo.min would be infinite.
+    down = jnp.where(stats.max == -jnp.inf, 0, jnp.minimum(maximum - shift(stats.max), 1e4))
     return jnp.exp(-down) * (spread + times(1 + stats.rest, down))
 
 

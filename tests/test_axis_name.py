@@ -286,6 +286,26 @@ def test_one_class_a_device_whose_logits_are_computed_in_the_same_program(rng, l
 # --- the linear loss ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("asked", ["loss", "entropy"])
+def test_a_device_whose_classes_are_all_masked_by_the_smallest_float(rng, asked):
+    """As padding of the vocabulary is: what is asked for of the others is as without them."""
+    logits = rng.normal(size=(N, V)).astype(np.float32)
+    logits[:, -V // 4 :] = np.finfo(np.float32).min
+    labels = rng.integers(0, V // 2, N)
+
+    def total(logits, **options):
+        loss, aux = softmax_cross_entropy(logits, labels, reduction="mean", return_aux=True, **options)
+        return loss if asked == "loss" else jnp.mean(aux.entropy)
+
+    split = jax.shard_map(
+        functools.partial(total, axis_name="v"), mesh=mesh_of(4), in_specs=P(None, "v"), out_specs=P()
+    )
+    value, gradient = jax.jit(jax.value_and_grad(split))(logits)
+    wanted, of_kept = jax.jit(jax.value_and_grad(total))(logits[:, : -V // 4])
+    np.testing.assert_allclose(value, wanted, rtol=16 * EPS)
+    np.testing.assert_allclose(gradient, np.pad(of_kept, ((0, 0), (0, V // 4))), rtol=64 * EPS, atol=TINY)
+
+
 @pytest.mark.parametrize(("split", "kind", "mode"), pairwise([(1, 1), (2, 0), (4, 1), (8, 0)], KINDS, MODES))
 def test_linear_loss(rng, split, kind, mode):
     """29 classes, which no number of devices divides: the padding is out of the mask, and holds anything."""

@@ -20,6 +20,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from jaxce import diagnostics
+from jaxce.examples import common
 from jaxce.examples.cifar10 import __main__ as command
 from jaxce.examples.cifar10 import data as datasets
 from jaxce.examples.cifar10 import model as networks
@@ -167,27 +168,42 @@ def member(name, **fields):
 
 
 @pytest.mark.parametrize(
-    "unsafe",
+    "other",
     [
         member("../escaped", size=4),
         member(f"{datasets.FOLDER}/../../escaped", size=4),
         member("link", type=tarfile.SYMTYPE, linkname="../../escaped"),
         member("link", type=tarfile.LNKTYPE, linkname="../../escaped"),
         member("device", type=tarfile.CHRTYPE),
+        member(f"{datasets.FOLDER}/readme.html", size=4),
     ],
-    ids=["parent", "parent from inside", "symbolic link", "hard link", "device"],
+    ids=["parent", "parent from inside", "symbolic link", "hard link", "device", "file"],
 )
-def test_refuses_unsafe_archives(tmp_path, unsafe):
+def test_unpacks_the_batches_alone(tmp_path, data_dir, other):
     target = tmp_path / "target"
     target.mkdir()
     path = target / datasets.ARCHIVE
     with tarfile.open(path, "w:gz") as tar:
-        tar.addfile(member(datasets.FOLDER, type=tarfile.DIRTYPE, mode=0o755))
-        tar.addfile(unsafe, io.BytesIO(b"evil"))
-    with pytest.raises(DamagedDataError, match=datasets.ARCHIVE):
-        datasets.unpack(path, target)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
-    assert list(target.iterdir()) == [path]
+        tar.addfile(other, io.BytesIO(b"evil"))
+        tar.add(data_dir / datasets.FOLDER, datasets.FOLDER)
+    folder = datasets.unpack(path, target)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"target", data_dir.name}
+    assert {entry.name for entry in target.iterdir()} == {path.name, folder.name}
+    names = (*datasets.TRAIN_FILES, datasets.TEST_FILE)
+    assert {entry.name for entry in folder.iterdir()} == set(names)
+    for name in names:
+        assert (folder / name).read_bytes() == (data_dir / datasets.FOLDER / name).read_bytes()
+
+
+def test_refuses_links_in_place_of_batches(tmp_path, data_dir):
+    path = tmp_path / datasets.ARCHIVE
+    with tarfile.open(path, "w:gz") as tar:
+        for name in datasets.TRAIN_FILES:
+            tar.add(data_dir / datasets.FOLDER / name, f"{datasets.FOLDER}/{name}")
+        tar.addfile(member(f"{datasets.FOLDER}/{datasets.TEST_FILE}", type=tarfile.SYMTYPE, linkname="/etc/hostname"))
+    with pytest.raises(DamagedDataError, match=f"no file {datasets.FOLDER}/{datasets.TEST_FILE}"):
+        datasets.unpack(path, tmp_path)
+    assert not (tmp_path / datasets.FOLDER).exists()
 
 
 def test_refuses_an_archive_of_something_else(tmp_path):
@@ -772,8 +788,16 @@ def test_the_program_ends_with_one_line_for_a_mistake(tmp_path, no_network, caps
     assert errors.count("\n") == 1
 
 
-def test_says_before_training_that_results_cannot_be_written(tmp_path, no_network, capsys):
+def test_says_before_training_that_results_cannot_be_written(tmp_path, no_network, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     assert command.main(["--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "file" / "run")]) == 2
     errors = capsys.readouterr().err
     assert errors == f"error: --output-dir: expected a folder, got {tmp_path / 'file' / 'run'}: Not a directory.\n"
+
+    def read_only(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(common.tempfile, "TemporaryFile", read_only)
+    assert command.main(["--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert errors == f"error: --output-dir: expected a folder, got {tmp_path}: Read-only file system.\n"

@@ -345,6 +345,22 @@ def test_ignore_index_of_sparse_targets(logits):
     assert np.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("implementation", ["xla", "autodiff"])
+def test_a_label_that_is_no_class_in_an_example_of_weight_0(implementation, logits):
+    """Padding that is left out by its weight: it has no loss of its own to tell, nor to the gradient in the weight."""
+    weights, labels = np.ones(N, np.float32), LABELS.copy()
+    weights[[1, 3]], labels[[1, 3]] = 0, [-1, V]
+
+    def loss(weights):
+        options = {"reduction": "sum", "return_aux": True, "implementation": implementation}
+        return softmax_cross_entropy(logits, labels, weights=weights, **options)
+
+    gradient, aux = jax.grad(loss, has_aux=True)(weights)
+    wanted = weights * -log_softmax(logits)[np.arange(N), LABELS]
+    np.testing.assert_allclose(gradient, wanted, rtol=RTOL)
+    np.testing.assert_allclose(aux.nll, wanted, rtol=RTOL)
+
+
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 255])
 def test_any_integer_marks_what_to_ignore(ignore_index, logits):
     labels = LABELS.copy()

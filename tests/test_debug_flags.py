@@ -156,3 +156,5 @@ def test_diagnostics(bad):
         assert diagnostics.finish(diagnostics.merge(*halves)).loss == pytest.approx(found.loss)
         for f in diagnostics.brier, diagnostics.fit_temperature, diagnostics.calibration:
             jax.block_until_ready(f(z, labels, ignore_index=-1))
+        found = diagnostics.calibration(z, labels, ignore_index=-1)  # some of whose bins are empty
+        jax.block_until_ready((found.expected_error, found.maximum_error, found.edges))

@@ -435,6 +435,38 @@ def test_what_cannot_be_known_is_nan(rng, spoil, cause):
     assert math.isnan(diagnostics.calibration(logits, labels, weights=weights).expected_error)
 
 
+def test_few_wrong_among_millions_are_counted():
+    right = diagnostics.summarize(jnp.array([[9.0, 0.0]] * 4096), jnp.zeros(4096, jnp.int32))
+    wrong = diagnostics.summarize(jnp.array([[0.0, 5.0]]), jnp.array([0]))
+    for _ in range(13):
+        right = diagnostics.merge(right, right)
+    for _ in range(100):
+        right = diagnostics.merge(right, wrong)
+    found = diagnostics.finish(right)
+    assert found.accuracy == pytest.approx(1 - 100 / 2**25, rel=EPS)
+    assert found.wrong_loss == pytest.approx(5 + math.log1p(math.exp(-5)), rel=100 * EPS)
+
+
+def test_more_examples_than_can_be_counted_are_refused():
+    summary = diagnostics.summarize(jnp.zeros((2, 2)), jnp.array([0, 1]))
+    summary = summary._replace(seen=jnp.asarray(2**30, jnp.int32))
+    for _ in range(3):  # 2**33 wraps to 0
+        summary = diagnostics.merge(summary, summary)
+        with pytest.raises(ValueError, match="at most 2\\*\\*31 - 1 examples"):
+            diagnostics.finish(summary)
+
+
+def test_frequencies_of_few_labels_are_no_standard(rng):
+    """Those of 64 different labels would cost 4.16, and of one label nothing."""
+    labels = rng.permutation(1000)[:64]
+    logits = rng.normal(size=(64, 1000)).astype(np.float32)
+    logits[np.arange(64), labels] += 2.5
+    found = diagnostics.report(logits, labels)
+    assert found.prior_chance == pytest.approx(math.log(64), rel=EPS)
+    assert found.prior_chance < found.loss < found.chance
+    assert found.findings[0].startswith(f"Better than guessing (loss {found.loss:.4g}, guessing 6.908)")
+
+
 def test_an_impossible_label_is_an_infinite_loss():
     found = diagnostics.report(jnp.array([[0.0, -jnp.inf], [1.0, 0.0]]), jnp.array([1, 0]))
     assert (found.loss, found.accuracy) == (math.inf, 0.5)

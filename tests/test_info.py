@@ -15,6 +15,7 @@ import jaxlib
 import numpy as np
 
 import jaxce
+from jaxce import info
 
 
 def printed(**environment: str) -> str:
@@ -52,6 +53,11 @@ def test_what_it_prints(tmp_path):
     for secret in platform.node(), getpass.getuser(), os.path.expanduser("~"), tmp_path.name, sys.prefix:
         assert secret not in text
     assert not re.search(r"(^|[\s='\"])[/~]", text)
+
+
+def test_flags_with_a_quote_that_nothing_closes(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/o'neil --xla_dump_hlo_as_text")
+    assert dict(info.rows())["XLA_FLAGS"] == "--xla_dump_to=... --xla_dump_hlo_as_text"
 
 
 def test_it_speaks_where_jax_cannot_start():

@@ -640,6 +640,33 @@ def test_second_derivatives_where_the_largest_logits_are_equal(rng, mode):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_classes_masked_by_the_smallest_float(rng, mode):
+    """Whole blocks of them, as padding of the vocabulary is: what is asked for of the others is as without them."""
+    args = arguments(rng)
+    kept = 17
+    bias = args["bias"].at[kept:].set(jnp.finfo(jnp.float32).min)
+    labels = args["targets"] % kept
+
+    def loss(hidden, kernel):
+        options = {"reduction": "mean", "return_aux": True}
+        value, aux = linear_cross_entropy(hidden, kernel, labels, bias=bias, **options)
+        return value + 0.3 * jnp.mean(aux.entropy), (value, aux.entropy)
+
+    def plain(hidden, kernel):
+        log_p = jax.nn.log_softmax(hidden @ kernel[:, :kept] + bias[None, :kept])
+        value, entropy = -jnp.mean(log_p[jnp.arange(N), labels]), -jnp.sum(jnp.exp(log_p) * log_p, -1)
+        return value + 0.3 * jnp.mean(entropy), (value, entropy)
+
+    both = []
+    for f in loss, plain:
+        with blocks(mode, 4, 6):
+            both.append(jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(args["hidden"], args["kernel"]))
+    (found, gradients), (wanted, plain_gradients) = both
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5)
+    chex.assert_trees_all_close(gradients, plain_gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_forward_mode(rng):
     args = arguments(rng)
     point = args["hidden"]

@@ -203,6 +203,20 @@ def test_a_budget_that_is_too_small():
         )
 
 
+@pytest.mark.parametrize("mode", [None, "recompute", "store"])
+def test_a_budget_that_is_too_small_here_and_enough_there(mode):
+    arrays, options = shapes(8192, 2048, 131072, jnp.bfloat16), {"reduction": "mean", "mode": mode}
+    here = smallest_budget(*arrays, **options)
+    there = smallest_budget(*arrays, platform="gpu", **options)
+    assert there < here
+    plan = plan_linear_cross_entropy(*arrays, platform="gpu", memory_budget=there, **options)
+    assert plan.temp_bytes == there
+    with pytest.raises(ValueError, match=rf"at least {there:,} bytes .* on gpu\); got {there - 1:,}"):
+        plan_linear_cross_entropy(*arrays, platform="gpu", memory_budget=there - 1, **options)
+    with pytest.raises(TypeError, match=r"memory_budget: expected None or a number of bytes, an int; got '1GB'"):
+        plan_linear_cross_entropy(*arrays, platform="gpu", memory_budget="1GB", **options)
+
+
 @pytest.mark.parametrize("kind", ON)
 def test_a_budget_that_is_too_small_for_the_chip_at_hand(kind):
     with (

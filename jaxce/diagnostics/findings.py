@@ -10,6 +10,7 @@ MOST = 0.5  # ... which carry at least this share of the loss
 UNIFORM = 1.0001  # times 1/C: the confidence where all logits are equal, up to rounding
 CALIBRATION_MARGIN = 0.03  # confidence and accuracy this close are as good as equal
 LISTED = 5
+PER_CLASS = 10  # so many examples for each class that occurs, before the frequencies are taken as known
 
 
 def findings(report: Any) -> tuple[str, ...]:
@@ -27,8 +28,8 @@ def _unknown(report: Any) -> str:
     if not math.isnan(report.loss):
         return ""
     return (
-        "The loss is NaN: there are logits that are NaN or +inf, rows of nothing but -inf, weights that are NaN, infinite "
-        "or negative, or labels that are no class. The costliest examples show where."
+        "The loss is NaN: there are logits that are NaN or +inf, rows of nothing but -inf, weights that are NaN, "
+        "infinite or negative, or labels that are no class. The costliest examples show where."
     )
 
 
@@ -44,8 +45,10 @@ def _probabilities(report: Any) -> str:
 def _chance(report: Any) -> str:
     if report.classes == 1 or math.isnan(report.standard_error):  # one example says nothing of it
         return ""
-    # Where one label alone occurs, its frequency tells everything, which is no standard to be held to.
-    guess = report.prior_chance or report.chance
+    # The frequencies of few labels tell too much of these very labels (of one class alone, all), which is no standard
+    # to be held to.
+    known = report.effective_examples >= PER_CLASS * sum(c.count > 0 for c in report.per_class)
+    guess = (known and report.prior_chance) or report.chance
     how = "guessing with the class frequencies" if guess < 0.99 * report.chance else "guessing"
     beaten = guess - report.loss
     beside = f"loss {report.loss:.4g}, guessing {guess:.4g}"

@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxce import checks
 from jaxce.diagnostics.outcomes import Outcomes, checked, flat, outcomes, sums_by
+from jaxce.serialization import serializable
 from jaxce.types import ArrayLike, takes_variables
 
 
@@ -51,7 +52,7 @@ class Calibration(NamedTuple):
     @property
     def maximum_error(self) -> Array:
         """The MCE, the largest such distance of a bin; 0 over nothing."""
-        return jnp.max(jnp.where(self.weight == 0, 0, jnp.abs(self.confidence - self.accuracy)))
+        return jnp.max(jnp.abs(self.confidences - self.hits) / jnp.where(self.weight == 0, 1, self.weight))
 
     def merge(self, other: Calibration) -> Calibration:
         """The bins of both sets of examples together."""
@@ -59,6 +60,9 @@ class Calibration(NamedTuple):
             checks.fail(ValueError, "other", f"{len(self.weight)} bins", f"{len(other.weight)}")
         both: Calibration = jax.tree.map(jnp.add, self, other)
         return both
+
+
+serializable(Calibration)
 
 
 def bin_edges(num_bins: int, dtype: Any) -> Array:

@@ -215,7 +215,9 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
     with np.errstate(all="ignore"):  # 0/0 is NaN where there is nothing
         weight = s.class_weight.sum() + s.unattributed
         loss = (s.right_loss + s.wrong_loss) / weight
-        hits = s.class_hits.sum()
+        # Of few wrong predictions among millions, a difference of large sums would leave nothing.
+        right, wrong = s.right_histogram.sum(), s.wrong_histogram.sum()
+        unknown = 0 * (s.class_hits.sum() + s.unattributed)  # or NaN
         squares = s.weight_squares if 0 < s.weight_squares < np.inf else math.nan  # float32 does not hold all
         effective = np.clip(weight**2 / squares, 1, s.examples)
         variance = np.maximum(s.loss_squares / weight - loss**2, 0)
@@ -242,15 +244,15 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
             prior_chance=prior_chance,
             skill=float(1 - np.float64(loss) / chance) if chance else math.nan,
             prior_skill=float(1 - np.float64(loss) / prior_chance) if prior_chance else math.nan,
-            accuracy=float(hits / weight),
+            accuracy=float(right / (right + wrong) + unknown),
             accuracy_bound=float(np.maximum(1 - loss / np.log(2), 0)),
             top_k={k: float(h / weight) for k, h in s.top_k_hits.items()},
             confidence=float(reliability.confidences.sum() / weight),
             expected_calibration_error=float(gap.sum() / weight),
             maximum_calibration_error=float(np.max(np.where(reliability.weight == 0, 0, gap / reliability.weight))),
             brier=float(s.brier / weight),
-            right_loss=float(s.right_loss / hits),
-            wrong_loss=float(s.wrong_loss / (weight - hits)),
+            right_loss=float(s.right_loss / right),
+            wrong_loss=float(s.wrong_loss / wrong),
             per_class=tuple(
                 ClassResult(
                     names[c],

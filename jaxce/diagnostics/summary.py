@@ -251,4 +251,5 @@ def _merge(a: Summary, b: Summary) -> Summary:
         b,
         is_leaf=lambda x: isinstance(x, Costliest),
     )
-    return both
+    wrapped = (a.seen < 0) | (b.seen < 0) | (both.seen < 0)
+    return both._replace(seen=jnp.where(wrapped, -1, both.seen))

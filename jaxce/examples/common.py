@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def progress_bar(console: Console) -> Progress:
 def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # or a run would find out at its end
     except OSError as problem:
         raise UsageError(f"--output-dir: expected a folder, got {path}: {problem.strerror}.") from problem
 

@@ -384,8 +384,8 @@ def linear_distillation_loss(
       tail: for a teacher of K classes, as in `jaxce.distillation_loss`.
 
     Returns:
-      The loss in nats, float64 if an array of either model is and float32 otherwise. Gradients have the dtype of their
-      argument and are summed in float32.
+      The loss in nats, float64 if hidden states or a kernel are and float32 otherwise. Gradients have the dtype of
+      their argument and are summed in float32.
 
     Raises:
       TypeError, ValueError: an argument of the wrong dtype, shape or range; the message says what to do.

@@ -179,11 +179,15 @@ def make_schedules(
     memory_budget: int | None,
     plan: LinearPlan | None,
 ) -> Schedules:
-    """What is done on each platform: its plan, or the given one, and what is known of its compiler."""
+    """What is done on each platform: its plan, or the given one, and what is known of its compiler.
+
+    A budget must do for the one at hand: others the program may never be compiled for.
+    """
+    at_hand = chips.chip()[0]
     cpu, tpu, gpu = (
         _schedule(
             problem,
-            plan or make_plan(problem, platform, mode, memory_budget),
+            plan or make_plan(problem, platform, mode, memory_budget, must_fit=platform == at_hand),
             Schedule(vocab_axis, precision, widens=platform == "cpu", transposes=platform == "cpu"),
             platform,
         )
@@ -218,8 +222,10 @@ def _without_gradients(problem: Problem, plan: LinearPlan, platform: str, kind: 
     return next((plan for plan in found if plan.temp_bytes <= allowed), smallest)
 
 
-def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: int | None) -> LinearPlan:
-    """The fastest plan that stays within the budget."""
+def make_plan(
+    problem: Problem, platform: str, mode: str | None, memory_budget: int | None, *, must_fit: bool = True
+) -> LinearPlan:
+    """The fastest plan that stays within the budget; where it need not, the smallest if none does."""
     modes = [mode] if mode else [name for name, method in METHODS.items() if method.applies(problem, platform)]
     candidates = [plan for mode in modes for plan in _plans(problem, mode, platform, chips.kind_of(platform))]
     if not isinstance(problem.N, int) and memory_budget is None:
@@ -237,12 +243,11 @@ def make_plan(problem: Problem, platform: str, mode: str | None, memory_budget: 
         budget = max(problem.N * problem.V * problem.matmul.itemsize, _GPU_BUDGET)
     else:
         return candidates[0]
-    # Other platforms it may never be compiled for.
-    if memory_budget is not None and budget < smallest.temp_bytes and platform == chips.chip()[0]:
+    if must_fit and memory_budget is not None and budget < smallest.temp_bytes:
         checks.fail(
             ValueError,
             "memory_budget",
-            f"at least {smallest.temp_bytes:,} bytes for these shapes (mode {smallest.mode!r})",
+            f"at least {smallest.temp_bytes:,} bytes for these shapes (mode {smallest.mode!r}, on {platform})",
             f"{memory_budget:,}",
             "Fewer tokens at a time need less.",
         )

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console=Console(highlight=False, soft_wrap=True),
         )
 
-    interrupted = f"Interrupted. --resume goes on from at most {SAVE_SECONDS:.0f} seconds before."
+    interrupted = f"Interrupted. --resume goes on from the newest checkpoint, one of every {SAVE_SECONDS:.0f} seconds."
     return exit_code(program, DamagedDataError, interrupted)
 
 
