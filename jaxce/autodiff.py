@@ -62,7 +62,7 @@ def _row_terms(
         v = jnp.ones_like(z) if v is None else v
         smoothing = _expectation(v if where is None else jnp.where(where, v, 0), surprise, axes)
     if options.return_aux:
-        entropy = _expectation(p, surprise, axes)
+        entropy = _expectation(p, jnp.minimum(surprise, 1e4), axes)  # at which p is 0, and no more than times its slope
     tail = _log_mass_outside(z, z_max + log_sum, indices, axes) if options.tail and indices is not None else None
     return Terms(z_max + log_sum, target, smoothing, entropy, tail)
 

@@ -104,7 +104,8 @@ def gradient(
     dz = e * scale
     if of.outside is not None:
         largest, share = (x[..., None] for x in of.outside)
-        dz = dz + jnp.exp(jnp.minimum(_alive(of.dead, z.astype(dtype)) - shift(largest), 0)) * share
+        above = _alive(of.dead, z.astype(dtype)) - shift(largest)
+        dz = dz + jnp.exp(jnp.where(above > 0, 0, above)) * share  # not `jnp.minimum`: at 0 its slope is a half
     if rows.indices is not None and of.at_targets is not None:
         dz = put(dz, rows.indices, of.at_targets)
 

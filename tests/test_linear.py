@@ -43,7 +43,7 @@ def blocks(mode: str, block_n: int = 4, block_v: int | None = None):
     What is left over is a block of its own in the program, so a loss with both kinds, each with a rest, has four.
     """
 
-    def plan(_problem, platform, *_):
+    def plan(_problem, platform, *_, **__):
         own = mode if mode in MODES else "recompute" if platform == "cpu" else "store"
         size = block_v or (1000 if own == "store" else 6)
         return plans.LinearPlan((N, D, V), own, block_n, size, 0, 0, 0, 0, platform)
