@@ -41,7 +41,10 @@ def main() -> None:
 
 def prepare(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """The folder for results, before the time is spent; toy figures go where no table is made of them."""
-    if getattr(arguments, "smoke", False) and arguments.output_dir == command.get_default("output_dir"):
+    if (
+        getattr(arguments, "smoke", False)
+        and arguments.output_dir.resolve() == command.get_default("output_dir").resolve()
+    ):
         arguments.output_dir /= "smoke"
     try:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)

@@ -176,14 +176,13 @@ def run(args: argparse.Namespace) -> None:
     if args.check:
         gpu_check.run()
         return
-    rehearsal = device is None
     kind = "" if device is None else device.device_kind
     cells, seconds = (REHEARSAL, 0.05) if args.cpu_rehearsal else (CELLS, args.seconds)
     environment = measure.environment("jaxce", "jax", "jaxlib", "numpy")
     environment |= {"gpu": kind or "none", "driver": driver(), "runtime": jax.devices()[0].client.platform_version}
     results: dict[str, Any] = {"command": "python -m benchmarks gpu", "environment": environment}
     results |= {"rows": [], "not_reached": [str(cell) for cell in cells]}
-    path = args.output_dir / ("gpu-rehearsal.json" if rehearsal else "gpu.json")
+    path = args.output_dir / ("gpu-rehearsal.json" if device is None else "gpu.json")
     end = time.perf_counter() + 60 * args.minutes
     for cell in cells:
         if time.perf_counter() > end:

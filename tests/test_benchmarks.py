@@ -12,14 +12,15 @@ from unittest import mock
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import dense, readme
+from benchmarks import dense, gpu, posttraining, readme
 
 
 @pytest.fixture
 def measured(monkeypatch):
     """Runs `python -m benchmarks ...` up to the measurement: the arguments of that, and the platform it would be on."""
     found = []
-    monkeypatch.setattr(dense, "run", lambda arguments: found.append((arguments, os.environ.get("JAX_PLATFORMS"))))
+    for module in dense, gpu, posttraining:
+        monkeypatch.setattr(module, "run", lambda given: found.append((given, os.environ.get("JAX_PLATFORMS"))))
 
     def run(*arguments: str) -> tuple[argparse.Namespace, str | None]:
         with mock.patch.object(sys, "argv", ["benchmarks", *arguments]), mock.patch.dict(os.environ):
@@ -30,8 +31,10 @@ def measured(monkeypatch):
     return run
 
 
-def test_times_on_cpu_are_of_the_cpu(measured, tmp_path):
+def test_times_on_cpu_are_of_the_cpu_and_others_are_not(measured, tmp_path):
     assert measured("dense", "--output-dir", str(tmp_path))[1] == "cpu"
+    assert measured("gpu", "--output-dir", str(tmp_path))[1] is None
+    assert measured("posttraining", "--h100-target-config", "card", "--output-dir", str(tmp_path))[1] is None
 
 
 def test_toy_figures_go_where_no_table_is_made_of_them(measured, tmp_path, monkeypatch):

@@ -361,6 +361,17 @@ def test_a_label_that_is_no_class_in_an_example_of_weight_0(implementation, logi
     np.testing.assert_allclose(aux.nll, wanted, rtol=RTOL)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "autodiff"])
+def test_the_gradient_in_the_probability_of_an_entry_that_is_no_class(implementation, logits):
+    def loss(probs):
+        targets = SparseTargets(np.stack([LABELS, np.full(N, V)], -1), probs)
+        return jnp.sum(softmax_cross_entropy(logits, targets, implementation=implementation))
+
+    gradient = jax.grad(loss)(np.tile(np.float32([1, 0]), (N, 1)))
+    wanted = np.stack([-log_softmax(logits)[np.arange(N), LABELS], np.zeros(N)], -1)
+    np.testing.assert_allclose(gradient, wanted, rtol=RTOL)
+
+
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 255])
 def test_any_integer_marks_what_to_ignore(ignore_index, logits):
     labels = LABELS.copy()

@@ -467,6 +467,15 @@ def test_frequencies_of_few_labels_are_no_standard(rng):
     assert found.findings[0].startswith(f"Better than guessing (loss {found.loss:.4g}, guessing 6.908)")
 
 
+def test_frequencies_of_many_labels_are_a_standard_though_many_are_rare(rng):
+    """As tokens are: of 2,000 classes some 800 occur among 10,000, whose entropy is known to 0.04 nats."""
+    frequencies = 1 / np.arange(1, 2001) ** 1.3
+    labels = rng.choice(2000, 10_000, p=frequencies / frequencies.sum())
+    found = diagnostics.report(np.zeros((10_000, 2000), np.float32), labels)
+    assert sum(c.count == 1 for c in found.per_class) > 100
+    assert found.findings[0].startswith("Worse than guessing with the class frequencies (loss 7.601")
+
+
 def test_an_impossible_label_is_an_infinite_loss():
     found = diagnostics.report(jnp.array([[0.0, -jnp.inf], [1.0, 0.0]]), jnp.array([1, 0]))
     assert (found.loss, found.accuracy) == (math.inf, 0.5)

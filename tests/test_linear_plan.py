@@ -217,6 +217,16 @@ def test_a_budget_that_is_too_small_here_and_enough_there(mode):
         plan_linear_cross_entropy(*arrays, platform="gpu", memory_budget="1GB", **options)
 
 
+@pytest.mark.parametrize("platform", [None, "cpu", "tpu", "gpu"])
+def test_a_budget_for_a_symbolic_batch_is_refused(platform):
+    (n,) = jax.export.symbolic_shape("n")
+    hidden, kernel = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n, 64), (64, 8000)))
+    with pytest.raises(ValueError, match="memory_budget: expected None for hidden states of unknown length"):
+        plan_linear_cross_entropy(
+            hidden, kernel, jax.ShapeDtypeStruct((n,), jnp.int32), platform=platform, memory_budget=10**9
+        )
+
+
 @pytest.mark.parametrize("kind", ON)
 def test_a_budget_that_is_too_small_for_the_chip_at_hand(kind):
     with (

@@ -10,7 +10,7 @@ MOST = 0.5  # ... which carry at least this share of the loss
 UNIFORM = 1.0001  # times 1/C: the confidence where all logits are equal, up to rounding
 CALIBRATION_MARGIN = 0.03  # confidence and accuracy this close are as good as equal
 LISTED = 5
-PER_CLASS = 10  # so many examples for each class that occurs, before the frequencies are taken as known
+KNOWN = 0.1  # nats that the entropy of class frequencies may be off by, for them to be a standard
 
 
 def findings(report: Any) -> tuple[str, ...]:
@@ -45,9 +45,9 @@ def _probabilities(report: Any) -> str:
 def _chance(report: Any) -> str:
     if report.classes == 1 or math.isnan(report.standard_error):  # one example says nothing of it
         return ""
-    # The frequencies of few labels tell too much of these very labels (of one class alone, all), which is no standard
-    # to be held to.
-    known = report.effective_examples >= PER_CLASS * sum(c.count > 0 for c in report.per_class)
+    # The frequencies of few labels tell too much of these very labels: of K classes among n, about (K − 1)/2n (Miller
+    # 1955), and of one class alone, all.
+    known = sum(c.count > 0 for c in report.per_class) - 1 <= 2 * KNOWN * report.effective_examples
     guess = (known and report.prior_chance) or report.chance
     how = "guessing with the class frequencies" if guess < 0.99 * report.chance else "guessing"
     beaten = guess - report.loss

@@ -16,7 +16,7 @@ from jaxce.arguments import Examples, Options, Projection, Shared, flat
 from jaxce.compose import CrossEntropyAux
 from jaxce.linear import blocks, chips, mesh, recompute, store
 from jaxce.linear import plan as plans
-from jaxce.linear.arguments import check_mode, checked_linear, prepared
+from jaxce.linear.arguments import checked_linear, prepared
 from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan
 from jaxce.sharding import explicit_mesh
@@ -142,10 +142,11 @@ def linear_cross_entropy(
         which takes four matmuls and hardly any memory. `"store"` goes through blocks of tokens and computes the
         gradients along with the loss, three matmuls; it is for losses that are one number (`reduction` not "none"), and
         holds one block of logits with the whole vocabulary. It leaves blocks out that hold only ignored examples or
-        examples of weight 0 (but not with `return_aux`, probability targets or a mask per token), and keeps the
-        gradients for the backward pass: `jax.lax.scan` over batches keeps them for every step if its gradient is taken
-        from outside (take it inside, or use "recompute"). In both, a gradient that is not asked for, as of a frozen
-        kernel, takes no matmul and no memory. None: chosen by the platform that is compiled for, and the shapes.
+        examples of weight 0 (the latter if no gradient in the weights is asked for; none with `return_aux`,
+        probability targets or a mask per token), and keeps the gradients for the backward pass: `jax.lax.scan` over
+        batches keeps them for every step if its gradient is taken from outside (take it inside, or use "recompute").
+        In both, a gradient that is not asked for, as of a frozen kernel, takes no matmul and no memory. None: chosen by
+        the platform that is compiled for, and the shapes.
       memory_budget: bytes that loss and gradient may take beyond arguments and results; blocks are made smaller until
         they fit. See `jaxce.plan_linear_cross_entropy`. None: as many as the fastest plan takes; on GPU, half of what
         logits and their gradient would.
@@ -235,7 +236,8 @@ def plan_linear_cross_entropy(
       A `LinearPlan`; `print` shows it.
 
     Raises:
-      TypeError, ValueError: what `jaxce.linear_cross_entropy` would raise.
+      TypeError, ValueError: what `jaxce.linear_cross_entropy` would raise; of a budget, on that platform. The loss
+        itself holds a budget against the platform at hand: for another give it a plan, `plan=`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxce
@@ -251,13 +253,10 @@ def plan_linear_cross_entropy(
       from a model, `jaxce.linear.costs`.
     """
     checks.one_of("platform", platform, (None, *plans.PLATFORMS))
-    mode, memory_budget, plan = options.get("mode"), options.get("memory_budget"), options.get("plan")
-    at_hand = chips.chip()[0]
-    if plan is None and platform not in (None, at_hand):
-        options = options | {"memory_budget": None}  # which may be too little here, and enough there
-    problem = problem_of(hidden=hidden, kernel=kernel, targets=targets, return_aux=return_aux, **options)
-    check_mode(mode, memory_budget, problem.options)
-    return plan or plans.make_plan(problem, platform or at_hand, mode, memory_budget)
+    given = {"hidden": hidden, "kernel": kernel, "targets": targets, "return_aux": return_aux, **options}
+    problem = problem_of(**given, platform=platform)
+    mode, memory_budget = options.get("mode"), options.get("memory_budget")
+    return options.get("plan") or plans.make_plan(problem, platform or chips.chip()[0], mode, memory_budget)
 
 
 def problem_of(**arguments: Any) -> Problem:

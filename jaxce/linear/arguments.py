@@ -35,8 +35,10 @@ def checked_linear(
     memory_budget: int | None = None,
     plan: LinearPlan | None = None,
     precision: Any = None,
+    platform: str | None = None,
     **options: Any,
 ) -> tuple[Projection, Examples, Shared, Options, blocks.Schedules, Problem]:
+    """What the losses and their plans are made from. `platform`: where a budget must do, if not at hand."""
     projection, vocab_axis = checked_projection(hidden, kernel, bias, vocab_axis, targets, targets_name)
     hidden, kernel, _ = projection
     (*batch, D), V = hidden.shape, kernel.shape[vocab_axis]
@@ -80,7 +82,7 @@ def checked_linear(
     )
     if constants.implementation == "pallas_tpu":
         pallas_tpu.check(problem, precision)
-    schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget, plan)
+    schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget, plan, platform)
     return projection, examples, shared, constants, schedules, problem
 
 

@@ -178,16 +178,17 @@ def make_schedules(
     mode: str | None,
     memory_budget: int | None,
     plan: LinearPlan | None,
+    asked: str | None = None,
 ) -> Schedules:
     """What is done on each platform: its plan, or the given one, and what is known of its compiler.
 
-    A budget must do for the one at hand: others the program may never be compiled for.
+    A budget must do on the one that is asked for, or at hand: others the program may never be compiled for.
     """
-    at_hand = chips.chip()[0]
+    asked = asked or chips.chip()[0]
     cpu, tpu, gpu = (
         _schedule(
             problem,
-            plan or make_plan(problem, platform, mode, memory_budget, must_fit=platform == at_hand),
+            plan or make_plan(problem, platform, mode, memory_budget, must_fit=platform == asked),
             Schedule(vocab_axis, precision, widens=platform == "cpu", transposes=platform == "cpu"),
             platform,
         )
