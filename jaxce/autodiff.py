@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.sharding import AxisNames, sum_over
-from jaxce.stats import Terms, shift, tempered, weighted, working_dtype
+from jaxce.stats import Terms, shift, tempered, working_dtype
 
 
 def terms(options: Options, logits: Array, examples: Examples, shared: Shared) -> Terms:
@@ -32,7 +32,7 @@ def terms(options: Options, logits: Array, examples: Examples, shared: Shared) -
     if where is not None:
         z = jnp.where(where, z, -jnp.inf)
     if probs is not None and class_weights is not None:
-        probs = weighted(probs, class_weights)
+        probs = probs * jnp.broadcast_to(class_weights, probs.shape)
 
     def row(z: Array, i: Array | None, t: Array | None, mask: Array | None) -> Terms:
         return _row_terms(options, z, i, t, class_weights, mask)

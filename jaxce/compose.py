@@ -154,6 +154,7 @@ def compose(
         target = nll
         if shared.class_weights is not None:
             by_class = _weighted_entries(options, examples.indices, examples.probs, shared.class_weights)
+            by_class = jnp.where(counts.unused[..., None] & ~jnp.isfinite(by_class), 0, by_class)
             target = jnp.sum(times(by_class, surprise), -1)
 
     loss = target
@@ -184,7 +185,7 @@ def _weighted_entries(options: Options, indices: Array, probs: Array | None, cla
     """w_c t_c at each of the K index entries."""
     by_class = class_weight_at(class_weights, indices, options.axis_name)
     probs = entry_probs(indices, probs, options.ignore_index)
-    return by_class if probs is None else times(by_class, probs.astype(by_class.dtype))
+    return by_class if probs is None else times(probs.astype(by_class.dtype), by_class)
 
 
 def _class_weight_of_examples(options: Options, examples: Examples, counts: Counts, class_weights: Array) -> Array:

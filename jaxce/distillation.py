@@ -246,7 +246,7 @@ def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) 
     else:
         models, rest = rows
         student, rest = reverse_mode_only((models.student, rest))
-        value = row_divergence(of, models._replace(student=student), rest)
+        value = row_divergence(of, Models(student, lax.stop_gradient(models.teacher)), rest)
     return composed(of, value, examples, counts)
 
 

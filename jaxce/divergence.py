@@ -168,7 +168,10 @@ def finish(of: Divergence, total: Sums) -> Row:
     by_student, by_teacher = of.shares
 
     def right(part: Array | None, share: float) -> Array | None:
-        return None if part is None else jnp.maximum(part - share * share * (slip * slip / 2), 0)
+        if part is None:
+            return None
+        part = part - share * share * (slip * slip / 2)
+        return part + lax.stop_gradient(jnp.maximum(part, 0) - part)  # not `jnp.maximum`: at 0 its slope is a half
 
     parts = Models(right(total.parts.student, by_teacher), right(total.parts.teacher, by_student))
     if total.leading is not None and total.others is not None and total.mass is not None:

@@ -227,6 +227,24 @@ def test_z_loss(logits, weights, class_weights):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "autodiff"])
+@pytest.mark.parametrize("first", ["class weights", "targets"])
+def test_mixed_second_derivatives_in_class_weights_and_targets(first, implementation, logits):
+    """Where either is 0, too: the loss is the product of both with the surprise."""
+    weights, targets = np.float32([0, 1, 1, 0, 2, 1, 1]), one_hot(LABELS).astype(np.float32)
+
+    def loss(weights, targets):
+        options = {"class_weights": weights, "reduction": "sum", "implementation": implementation}
+        return softmax_cross_entropy(logits, targets, **options)
+
+    order = (0, 1) if first == "class weights" else (1, 0)
+    mixed = jax.jit(jax.jacrev(jax.grad(loss, order[0]), order[1]))(weights, targets)
+    surprise = -log_softmax(logits)
+    wanted = np.einsum("nc,cd->cnd", surprise, np.eye(V))  # in w_c and t_nd
+    wanted = wanted if first == "class weights" else np.moveaxis(wanted, 0, -1)
+    np.testing.assert_allclose(mixed, wanted, rtol=RTOL)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "autodiff"])
 @pytest.mark.parametrize("size", [1.0, 1000.0])
 def test_softcap(size, implementation, logits):
     """The loss of c·tanh(z/c), masked after it."""

@@ -443,6 +443,26 @@ def test_second_derivatives(kind, rng):
     np.testing.assert_allclose(hessian[..., 2], metric, rtol=64 * EPS, atol=16 * EPS)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "autodiff"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_curvature_of_a_model_beside_itself(kind, implementation, rng):
+    """The Fisher matrix, also where not a digit of the two differs."""
+    z = jnp.asarray(rng.normal(size=(4, 5)), jnp.float32)
+    options = KINDS[kind] | {"implementation": implementation, "reduction": "sum"}
+    hessian = jax.jit(jax.vmap(jax.hessian(lambda z, t: distillation_loss(z, t, **options))))(z, z)
+    q = np.asarray(jax.nn.softmax(z))
+    curvature = {"forward": 1, "reverse": 1, "jsd": 0.25, "jsd .1": 0.09}[kind]
+    fisher = q[:, :, None] * np.eye(5) - q[:, :, None] * q[:, None, :]
+    np.testing.assert_allclose(hessian, curvature * fisher, rtol=64 * EPS, atol=16 * EPS)
+
+
+def test_forward_mode_in_the_teacher_is_0(rng):
+    z, t = (jnp.asarray(rng.normal(size=(2, 5)), jnp.float32) for _ in range(2))
+    for implementation in "xla", "autodiff":
+        loss = functools.partial(distillation_loss, z, implementation=implementation)
+        np.testing.assert_array_equal(jax.jvp(loss, (t,), (t,))[1], 0)
+
+
 def test_vmap_checkpoint_and_scan(rng):
     z, t = (jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32) for _ in range(2))
     T = jnp.float32([0.5, 1, 2])

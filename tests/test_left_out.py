@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +125,34 @@ def test_what_does_not_count_leaves_no_trace(case, rng):
                 np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6, err_msg=f"{of} beside {name} {bad}")
             if name != "weights":
                 np.testing.assert_array_equal(np.asarray(gradients[name])[OUT], 0, err_msg=f"{name} {bad}")
+
+
+@pytest.mark.parametrize("how", ["ignored", "weight 0", "probability 0"])
+@pytest.mark.parametrize("form", ["xla", "autodiff", "store", "recompute", "probs"])
+def test_the_class_weight_of_a_class_that_no_example_has(form, how, rng):
+    """Inverse frequencies are infinite there, as those of padding that is itself a class are."""
+    arrays = arrays_of(rng, "sparse")
+    labels = np.where(OUT, 0, 1 + np.arange(N) % (V - 1))
+    targets = SparseTargets(np.stack([labels, 1 + labels % (V - 1)], 1), np.stack([~OUT, 0.25 + OUT], 1) * 1.0)
+    options = {"reduction": "mean"} | ({"ignore_index": 0} if how == "ignored" else {})
+    if how == "weight 0":
+        options["weights"] = np.where(OUT, 0, arrays["weights"])
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def step(h, k, class_weights):
+        given = targets if how == "probability 0" else labels
+        if form == "probs":
+            return jaxce.cross_entropy_from_probs(jax.nn.softmax(h @ k), given, class_weights=class_weights, **options)
+        if form in IMPLEMENTATIONS:
+            of_form = {"implementation": form, "class_weights": class_weights}
+            return jaxce.softmax_cross_entropy(h @ k, given, **of_form, **options)
+        return jaxce.linear_cross_entropy(h, k, given, mode=form, class_weights=class_weights, **options)
+
+    wanted = step(arrays["hidden"], arrays["kernel"], arrays["class_weights"])
+    for bad in np.inf, np.nan:
+        class_weights = np.where(np.arange(V) == 0, np.float32(bad), arrays["class_weights"])
+        chex.assert_trees_all_close(step(arrays["hidden"], arrays["kernel"], class_weights), wanted, rtol=1e-6)
 
 
 def test_a_bad_temperature_of_a_row_that_the_caller_leaves_out(rng):

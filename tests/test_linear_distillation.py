@@ -473,3 +473,21 @@ def test_wrong_arguments(changes, message, rng):
     parts, teacher = models(rng)
     with pytest.raises((TypeError, ValueError), match=message):
         jaxce.linear_distillation_loss(**{**parts, **teacher, "teacher_vocab_axis": 0, **changes})
+
+
+@pytest.mark.parametrize("mode", ["recompute", "store"])
+@pytest.mark.parametrize("along", ["hidden", "weights"])
+def test_forward_mode_takes_the_other_implementation(along, mode, rng):
+    parts, teacher = models(rng)
+    parts["weights"] = jnp.ones(N)
+
+    def loss(x, **options):
+        given = parts | teacher | {along: x} | options
+        return jaxce.linear_distillation_loss(**given, teacher_vocab_axis=0, reduction="mean")
+
+    if (along, mode) != ("weights", "recompute"):  # which are no part of what has a rule of its own
+        with pytest.raises(TypeError, match="implementation='autodiff'"):
+            jax.jvp(functools.partial(loss, mode=mode), (parts[along],), (parts[along],))
+    slope = jax.jvp(functools.partial(loss, implementation="autodiff"), (parts[along],), (parts[along],))[1]
+    gradient = jax.grad(functools.partial(loss, mode=mode))(parts[along])
+    np.testing.assert_allclose(slope, jnp.vdot(gradient, parts[along]), rtol=1e-4, atol=1e-6)

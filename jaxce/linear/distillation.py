@@ -548,12 +548,12 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
         both = (blocks.all_logits(s, *m) for s, m in zip(cast(Any, of_models), models, strict=True))
         return loss_of_models(of, Models(*both), examples)
     tokens = Tokens(*flat(batch, models, Examples(where=examples.where, temperature=examples.temperature)))
-    tokens = reverse_mode_only(tokens)
     if not any(plan.keeps for plan in plans):
-        value = _divergences(plans, of, tokens).reshape(batch)
+        value = _divergences(plans, of, reverse_mode_only(tokens)).reshape(batch)
         return composed(of, value, examples, counts)
     divisor, nothing = mean_divisor(options, counts)
-    total = _weighted_sum(plans, of, tokens, (counts.weight / divisor).reshape(math.prod(batch)))
+    weights = (counts.weight / divisor).reshape(math.prod(batch))
+    total = _weighted_sum(plans, of, *reverse_mode_only((tokens, weights)))
     return mean_or_0(sum_over(total, options.batch_axis_name), nothing)
 
 
