@@ -171,7 +171,7 @@ def finish(of: Divergence, total: Sums) -> Row:
         if part is None:
             return None
         part = part - share * share * (slip * slip / 2)
-        return part + lax.stop_gradient(jnp.maximum(part, 0) - part)  # not `jnp.maximum`: at 0 its slope is a half
+        return part - lax.stop_gradient(jnp.minimum(part, 0))  # not `jnp.maximum`: at 0 its slope is a half
 
     parts = Models(right(total.parts.student, by_teacher), right(total.parts.teacher, by_student))
     if total.leading is not None and total.others is not None and total.mass is not None:

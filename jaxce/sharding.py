@@ -6,8 +6,9 @@ types say which arrays differ along which axes, and derivatives are right becaus
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -124,3 +125,17 @@ def place(x: Array, mesh: Any, spec: Sequence[Any]) -> Array:
     own = [None if n == 1 else s for n, s in zip(x.shape, spec[len(spec) - x.ndim :], strict=True)]
     placed: Array = jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.P(*own)))
     return placed
+
+
+def place_together(mesh: Any, arrays: dict[str, tuple[Any, Sequence[Any]]]) -> dict[str, Any]:
+    """Each tree of arrays, sharded over the mesh by its spec.
+
+    In one program: where no mesh is set, those that are on it already say which devices it has.
+    """
+    specs = tuple((name, tuple(spec)) for name, (_, spec) in arrays.items())
+    return cast(dict[str, Any], _placed({name: tree for name, (tree, _) in arrays.items()}, mesh=mesh, specs=specs))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "specs"))
+def _placed(arrays: dict[str, Any], *, mesh: Any, specs: tuple[tuple[str, tuple[Any, ...]], ...]) -> dict[str, Any]:
+    return {name: jax.tree.map(lambda x, spec=spec: place(x, mesh, spec), arrays[name]) for name, spec in specs}

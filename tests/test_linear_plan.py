@@ -161,6 +161,28 @@ def test_predicted_memory_where_gradients_are_not_kept(asked):
     assert needed <= plan.temp_bytes < plan.logits_bytes
 
 
+@pytest.mark.parametrize("policy", ["dots_saveable", "dots_with_no_batch_dims_saveable"])
+@pytest.mark.parametrize("loss", ["recompute", "store", "log_probs", "distillation"])
+def test_a_checkpoint_around_the_loss_that_saves_products_saves_no_logits(loss, policy):
+    n, d, v = 1000, 32, 16384
+    hidden, kernel, labels = shapes(n, d, v)
+    budget = 20_000_000
+
+    def total(hidden, kernel, labels):
+        if loss == "log_probs":
+            return jnp.sum(jaxce.linear_log_probs(hidden, kernel, labels, memory_budget=budget))
+        if loss == "distillation":
+            return jaxce.linear_distillation_loss(hidden, kernel, hidden, kernel, mode="recompute", reduction="mean")
+        return linear_cross_entropy(hidden, kernel, labels, mode=loss, memory_budget=budget, reduction="mean")
+
+    def needed(f):
+        step = jax.jit(jax.grad(f, (0, 1)))
+        return step.lower(hidden, kernel, labels).compile().memory_analysis().temp_size_in_bytes
+
+    policy = getattr(jax.checkpoint_policies, policy)
+    assert needed(jax.checkpoint(total, policy=policy)) < 1.05 * needed(total) < 4 * n * v
+
+
 def smallest_budget(*arrays, **options) -> int:
     with pytest.raises(ValueError, match=r"memory_budget: expected at least [\d,]+ bytes .*; got 1,000\.") as error:
         plan_linear_cross_entropy(*arrays, memory_budget=1000, **options)

@@ -353,6 +353,28 @@ def test_what_an_explicit_mesh_cannot_have(rng):
             jaxce.linear_cross_entropy(h, k, y, axis_name="v")
 
 
+def test_arrays_of_an_explicit_mesh_that_is_not_set(rng):
+    """Those that are on it say which devices others are brought to, also where nothing is compiled."""
+    mesh = jax.make_mesh((8,), ("b",), axis_types=(AxisType.Explicit,))
+    y, w = rng.integers(0, 5, 16), rng.uniform(0.5, 2, 16)
+    h, k, z, t = (rng.normal(size=s).astype(np.float32) for s in ((16, 3), (3, 5), (16, 5), (16, 5)))
+    losses = {
+        "linear": lambda h, z: jaxce.linear_cross_entropy(h, k, y, weights=w, reduction="mean"),
+        "log_probs": lambda h, z: jaxce.linear_log_probs(h, k, y),
+        "linear distillation": lambda h, z: jaxce.linear_distillation_loss(h, k, np.cos(t[:, :3]), np.cos(k)),
+        "dense": lambda h, z: jaxce.softmax_cross_entropy(z, y, weights=w),
+        "distillation": lambda h, z: jaxce.distillation_loss(z, t),
+        "report": lambda h, z: jaxce.diagnostics.report(z, y, weights=w).loss,
+    }
+    placed = jax.device_put((h, z), NamedSharding(mesh, P("b")))
+    for name, loss in losses.items():
+        np.testing.assert_allclose(loss(*placed), loss(h, z), rtol=1e-5, err_msg=name)
+        if name != "report":
+            total = jax.jit(jax.grad(lambda *x, loss=loss: jnp.sum(loss(*x)), (0, 1)))
+            for a, b in zip(total(*placed), total(h, z), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_labels_too_large_for_32_bits_on_an_explicit_mesh():
     h, k, y = np.ones((2, 6), np.float32), np.ones((6, 16), np.float32), np.array([0, 2**32])
     with jax.set_mesh(jax.make_mesh((4, 2), ("b", "v"), axis_types=(AxisType.Explicit,) * 2)):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxce import checks
-from jaxce.sharding import explicit_mesh, place
+from jaxce.sharding import explicit_mesh, place_together
 from jaxce.softmax import softmax_cross_entropy
 from jaxce.stats import working_dtype
 from jaxce.targets import class_indices
@@ -78,7 +78,8 @@ def checked(
     weights = checks.example_weights(1.0 if weights is None else weights, batch).astype(dtype)
     weights = jnp.broadcast_to(jnp.where(weights >= 0, weights, jnp.nan), batch)
     if (mesh := explicit_mesh(logits, targets, weights)) is not None:  # counts by class are of all examples
-        logits, targets, weights = (place(x, mesh, [None] * x.ndim) for x in (logits, targets, weights))
+        given = {"logits": logits, "targets": targets, "weights": weights}
+        logits, targets, weights = place_together(mesh, {n: (x, [None] * x.ndim) for n, x in given.items()}).values()
     return logits, targets, weights, ignore_index
 
 

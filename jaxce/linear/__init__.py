@@ -128,8 +128,8 @@ def linear_cross_entropy(
         `jaxce.softmax_cross_entropy`.
       axis_name: inside `jax.shard_map`, the mesh axis (or axes, major first) that the classes are split over. `kernel`,
         `bias`, `where`, `class_weights` and probability targets are then this device's share, in the order of the
-        devices; hidden states and class indices are whole. Devices exchange a few numbers per token, and the
-        gradient of the hidden states.
+        devices; hidden states and class indices are whole (`jax.lax.all_gather` them: tokens that differ along it are
+        NaN). Devices exchange a few numbers per token, and the gradient of the hidden states.
       batch_axis_name: inside `jax.shard_map`, the mesh axis (or axes) that the tokens are split over, to reduce over
         all of them: the same number on every device.
       return_aux: also return a `jaxce.CrossEntropyAux`.

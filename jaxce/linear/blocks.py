@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxce import on_cpu
 from jaxce.layout import class_count
 from jaxce.primitives import Primitive
+from jaxce.reverse_mode import jvp
 from jaxce.sharding import AxisNames, sum_over, vary, varying
 from jaxce.stats import matmul_dtype, working_dtype
 
@@ -44,13 +45,22 @@ Schedules = tuple[Schedule, Schedule, Schedule]
 
 
 def by_platform(schedules: tuple[Own, Own, Own], compute: Callable[..., Any], *args: Any) -> Any:
-    """`compute(schedule, *args)`, with the schedule of the platform that is compiled for."""
+    """`compute(schedule, *args)`, with the schedule of the platform that is compiled for.
+
+    It is one operation to a `jax.checkpoint` around the loss, whose policy may save products: not those of every block.
+    """
     cpu, tpu, default = schedules
     own = {"cpu": cpu, "tpu": tpu}
     branches = {name: functools.partial(compute, s) for name, s in own.items() if s != default}
-    if not branches:
-        return compute(default, *args)
-    return lax.platform_dependent(*args, **branches, default=functools.partial(compute, default))
+
+    def chosen(*args: Any) -> Any:
+        if not branches:
+            return compute(default, *args)
+        return lax.platform_dependent(*args, **branches, default=functools.partial(compute, default))
+
+    operation = jax.custom_jvp(chosen)
+    operation.defjvp(functools.partial(jvp, chosen), symbolic_zeros=True)
+    return operation(*args)
 
 
 def over_blocks(

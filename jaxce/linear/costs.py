@@ -101,6 +101,12 @@ def record_bytes(p: Problem) -> int:
     return p.N * (terms + (p.entries or 2)) * p.working.itemsize
 
 
+def cleaned_bytes(p: Problem) -> int:
+    """Where tokens may be unused: the hidden states without what is not finite in those, and where that is."""
+    some = p.weights or p.class_weights or p.mask_per_token or p.options.ignore_index is not None
+    return some * p.N * p.D * (p.hidden.itemsize + 1)
+
+
 # --- time on a GPU ----------------------------------------------------------------------------------------------------
 
 _MULTIPLIED, _MOVED = 0.7, 0.85  # how much of a card's rates kernels reach

@@ -378,8 +378,9 @@ def linear_distillation_loss(
       mode: `"store"` goes through blocks of tokens and computes the gradients along with the loss, two products for the
         logits and two for the gradients; it is for losses that are one number (`reduction` not "none"), and holds the
         logits of one block of tokens with the whole vocabulary. `"recompute"` goes through blocks of the vocabulary,
-        computes the logits of both models three times, and keeps a few numbers per token. None: "store" for one number,
-        but on TPU.
+        computes the logits of both models three times, and keeps a few numbers per token, where "store" keeps the
+        gradients: `jax.lax.scan` over batches keeps them for every step if its gradient is taken from outside. None:
+        "store" for one number, but on TPU.
       precision: of the matmuls, as in `jax.lax.dot_general`.
       tail: for a teacher of K classes, as in `jaxce.distillation_loss`.
 

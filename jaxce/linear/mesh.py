@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared
-from jaxce.sharding import place, spec_of, vary, varying
+from jaxce.sharding import place_together, spec_of, vary, varying
 from jaxce.targets import Ids, SparseTargets, class_indices
 
 Result = TypeVar("Result")  # an array, or one and an aux record
@@ -80,26 +80,22 @@ def over_mesh(loss: Callable[..., Result], mesh: Any, arguments: dict[str, Any])
     if arguments["where"] is not None:
         arguments["where"] = checks.where_mask(arguments["where"], full, tuple(batch), (len(batch),))
 
-    def placed(x: Any, spec: Sequence[Any]) -> Array:
-        return place(jnp.asarray(x), mesh, spec)
-
-    def placed_targets(x: Any) -> Any:
-        # Labels before anything else: a JAX array would wrap those that are too large for it.
-        if isinstance(x, Ids):
-            ids = labels("ids", x.ids)
-            return Ids(placed(ids, (*tokens, None)[: ids.ndim]))
-        if isinstance(x, SparseTargets):
-            x, spec = x._replace(indices=labels("targets.indices", x.indices)), (*tokens, None)
-            return jax.tree.map(lambda x: placed(x, spec), x)
-        return placed(labels("targets", x), tokens) if checks.is_integers(x) else placed(x, (*tokens, classes))
-
     def labels(name: str, x: Any) -> Array:
+        # Before anything else: a JAX array would wrap those that are too large for it.
         indices, arguments["ignore_index"] = class_indices(name, x, arguments["ignore_index"])
         return indices
 
-    arrays = {"hidden": hidden, "kernel": kernel}
+    def targets_and_spec(x: Any) -> tuple[Any, tuple[Any, ...]]:
+        if isinstance(x, Ids):
+            ids = labels("ids", x.ids)
+            return Ids(ids), (*tokens, None)[: ids.ndim]
+        if isinstance(x, SparseTargets):
+            return x._replace(indices=labels("targets.indices", x.indices)), (*tokens, None)
+        return (labels("targets", x), tuple(tokens)) if checks.is_integers(x) else (x, (*tokens, classes))
+
+    arrays, specs = {"hidden": hidden, "kernel": kernel}, {"hidden": spec_of(hidden), "kernel": spec_of(kernel)}
     if "targets" in arguments:
-        arrays["targets"] = placed_targets(arguments["targets"])
+        arrays["targets"], specs["targets"] = targets_and_spec(arguments["targets"])
     for name, spec in {
         "where": (*tokens, classes),
         "weights": tuple(tokens),
@@ -114,7 +110,8 @@ def over_mesh(loss: Callable[..., Result], mesh: Any, arguments: dict[str, Any])
     }.items():
         given = arguments.get(name)
         if isinstance(given, jax.Array) or (spec and given is not None):
-            arrays[name] = placed(given, spec)
+            arrays[name], specs[name] = given, spec
+    arrays = place_together(mesh, {n: (jax.tree.map(jnp.asarray, x), specs[n]) for n, x in arrays.items()})
     constants = {name: x for name, x in arguments.items() if name not in arrays}
     constants["axis_name"] = class_axes or None
     if arguments["reduction"] != "none":

@@ -92,9 +92,10 @@ class LinearPlan:
       block_v: classes in a block ("recompute" and "pallas_tpu"; and "store", where gradients are wanted).
       temp_bytes: bytes of loss and gradient beyond arguments and results: an upper bound on CPU, and elsewhere what
         would be needed if nothing stayed in on-chip memory.
-      kept_bytes: bytes that the loss leaves for the backward pass, beside its arguments: numbers per token in mode
-        "recompute", in mode "store" the gradients, or those of them that are asked for. A `lax.scan` over batches
-        whose gradient is taken from outside keeps them for every step.
+      kept_bytes: bytes that the loss leaves for the backward pass, beside its arguments: in mode "recompute" numbers
+        per token, and a copy of the hidden states if tokens may be left out; in mode "store" the gradients, or those of
+        them that are asked for. A `lax.scan` over batches whose gradient is taken from outside keeps them for every
+        step.
       logits_bytes: what the logits alone would take in the working dtype.
       flops: floating-point operations of the matmuls of loss and gradients, both that of hidden states and that of the
         kernel.

@@ -146,7 +146,7 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
 
 
 def kept_bytes(p: Problem, block_n: int, block_v: int) -> int:
-    return costs.record_bytes(p)
+    return costs.record_bytes(p) + costs.cleaned_bytes(p)
 
 
 def gpu_cost(p: Problem, block_n: int, block_v: int, card: Gpu) -> costs.Cost:
