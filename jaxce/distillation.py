@@ -106,8 +106,8 @@ def distillation_loss(
       teacher_logits: the teacher's, floats of any such dtype, of the shape of logits; or, of a teacher of whom no more
         is known than its K most likely classes, `jaxce.SparseTargets` with their probabilities, taken as they are.
       axis: the class axis. A tuple of axes makes them one class axis; None means all axes.
-      where: bools that broadcast to the shape of logits: the classes that take part, in both models. Of the batch
-        shape: the examples that take part.
+      where: bools that broadcast to the shape of logits: the classes that take part, in both models (but a teacher of K
+        classes keeps the probabilities of those it names). Of the batch shape: the examples that take part.
       divergence: `"forward_kl"`, KL(p‖q), whose student covers all that the teacher does; `"reverse_kl"`, KL(q‖p),
         whose student keeps to what is likely for the teacher; `"jsd"`, the generalised Jensen-Shannon divergence.
       beta: β of `"jsd"`, a Python number from 0 to 1. 0 stands for the forward and 1 for the reverse divergence,
@@ -128,7 +128,9 @@ def distillation_loss(
       implementation: `"xla"` (the default) has a hand-written reverse-mode rule, which itself can be differentiated;
         `"autodiff"` is the same loss in plain JAX, for forward mode (jvp, jacfwd, linearize).
       tail: for a teacher of K classes: whether what their probabilities leave, 1 − Σ p, is one more class, beside the
-        student's probability of all the others. False: the others have probability 0 for the teacher.
+        student's probability of all the others; a sum above 1.01 gives NaN. Where they round to 1, KL(q‖p) is +inf.
+        False: the others have probability 0 for the teacher, and the loss, Σ p log(p/q) of the K classes, may be
+        negative.
 
     Returns:
       The loss in nats, float64 if either model's logits are and float32 otherwise. KL(p‖q) is +inf where a class has
@@ -343,6 +345,7 @@ def top_k_loss(
 
 
 _IDLE = -2  # no class, and not the number of other indices that are none
+_NOTHING = -1e4  # log of a probability that is 0 in every dtype: that of classes which a number masks, too
 
 
 @functools.partial(jax.jit, static_argnames=("of", "tail", "rounding"))
@@ -367,7 +370,7 @@ def _of_top_k(
     if tail:
         rest = jnp.where(mass > _MOST, jnp.nan, rest)
         # Of no other class.
-        rest = jnp.where((log_rest == -jnp.inf) & (rest <= rounding), 0, rest)
+        rest = jnp.where((log_rest < _NOTHING) & (rest <= rounding), 0, rest)
     p, log_q = (jnp.concatenate([x, y[..., None]], -1) for x, y in ((p, rest), (log_q, log_rest)))
     divergence = functools.partial(divergence_of_log_probs, of.divergence, whole=tail)
     first_value = divergence(lax.stop_gradient(log_q), p)
@@ -375,7 +378,11 @@ def _of_top_k(
     dead = counts.unused & ~jnp.isfinite(first_value)
     broken = jnp.isnan(first_value) & ~dead
     kept = ~(broken | dead)[..., None]
-    value = divergence(jnp.where(kept, log_q, 0), jnp.where(kept, p, 1))
+    # KL(q‖p) where p has nothing and q has: infinite, and its derivatives those for a p that is hardly more.
+    unbounded = jnp.isinf(first_value) & (of.divergence.kind == "reverse_kl")
+    least = jnp.where(unbounded[..., None] & (p == 0), jnp.finfo(p.dtype).tiny, p)
+    value = divergence(jnp.where(kept, log_q, 0), jnp.where(kept, least, 1))
+    value = jnp.where(unbounded, jnp.inf + (value - lax.stop_gradient(value)), value)
     slope = jnp.where(broken & ~jnp.any(jnp.isnan(log_q), -1), jnp.nan, 1)
     value = jnp.where(broken, slope * jnp.sum(log_q, -1), value)
     return composed(of, value, examples, counts)

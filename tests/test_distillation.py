@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxce import distillation_loss, divergence
+from jaxce import SparseTargets, distillation_loss, divergence, linear_distillation_loss
 from jaxce.arguments import Options
 from jaxce.divergence import Models
 from jaxce.sums import Rows, row_stats
@@ -454,6 +454,39 @@ def test_the_curvature_of_a_model_beside_itself(kind, implementation, rng):
     curvature = {"forward": 1, "reverse": 1, "jsd": 0.25, "jsd .1": 0.09}[kind]
     fisher = q[:, :, None] * np.eye(5) - q[:, :, None] * q[:, None, :]
     np.testing.assert_allclose(hessian, curvature * fisher, rtol=64 * EPS, atol=16 * EPS)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_an_infinite_reverse_divergence_that_is_thrown_away(linear):
+    """A teacher that rules out, by rounding or at all, what the student does not."""
+    teacher = SparseTargets(np.tile([0, 1], (2, 1)), np.float32([[0.75, 0.25], [0.7, 0.2]]))
+
+    def loss(z, kept):
+        if linear:
+            given = jnp.ones((2, 1)), z[:1], teacher
+            losses = linear_distillation_loss(*given, divergence="reverse_kl")
+        else:
+            losses = distillation_loss(z, teacher, divergence="reverse_kl")
+        return jnp.sum(jnp.where(jnp.isfinite(losses) | (not kept), losses, 0)), losses
+
+    z = jnp.zeros((2, 4))
+    gradient, losses = jax.grad(loss, has_aux=True)(z, True)
+    assert losses[0] == INF
+    assert np.isfinite(losses[1])
+    assert np.all(np.isfinite(gradient))
+    if not linear:
+        np.testing.assert_array_equal(gradient[0], 0)
+    down = jax.grad(loss, has_aux=True)(z, False)[0]
+    assert np.all(np.isfinite(down))
+    assert np.all(down[0, :2] < 0)  # towards the classes that the teacher has
+
+
+def test_a_teacher_of_all_classes_that_a_number_does_not_mask():
+    """What its probabilities lack of 1 by rounding is no mass of the others."""
+    z = jnp.where(jnp.arange(16) < 4, 0, jnp.float32([[-1e9], [np.finfo(np.float32).min], [-INF]]))
+    teacher = SparseTargets(np.tile(np.arange(4), (3, 1)), np.tile(np.float32([0.7, 0.1, 0.1, 0.1]), (3, 1)))
+    p = np.float64([0.7, 0.1, 0.1, 0.1])
+    np.testing.assert_allclose(distillation_loss(z, teacher), np.sum(p * np.log(4 * p)), rtol=1e-5)
 
 
 def test_forward_mode_in_the_teacher_is_0(rng):

@@ -183,6 +183,19 @@ def test_a_checkpoint_around_the_loss_that_saves_products_saves_no_logits(loss, 
     assert needed(jax.checkpoint(total, policy=policy)) < 1.05 * needed(total) < 4 * n * v
 
 
+@pytest.mark.parametrize("mode", ["recompute", "store"])
+def test_the_gradient_of_a_gradient_holds_no_logits(mode):
+    n, d, v = 1000, 32, 16384
+    hidden, kernel, labels = shapes(n, d, v)
+
+    def along(hidden, kernel, labels, *direction):
+        loss = functools.partial(linear_cross_entropy, mode=mode, memory_budget=20_000_000, reduction="mean")
+        return sum(map(jnp.vdot, jax.grad(loss, (0, 1))(hidden, kernel, labels), direction))
+
+    step = jax.jit(jax.grad(along, (0, 1))).lower(hidden, kernel, labels, hidden, kernel)
+    assert step.compile().memory_analysis().temp_size_in_bytes < 4 * n * v
+
+
 def smallest_budget(*arrays, **options) -> int:
     with pytest.raises(ValueError, match=r"memory_budget: expected at least [\d,]+ bytes .*; got 1,000\.") as error:
         plan_linear_cross_entropy(*arrays, memory_budget=1000, **options)

@@ -71,9 +71,11 @@ def over_blocks(
     if whole == 1:
         state = block(done, size, state)
     elif whole:
-        state = lax.fori_loop(
-            0, whole, lambda i, state: block(i * size + done if done else i * size, size, state), state
-        )
+        # Where the loop itself is differentiated in reverse, its blocks must not be kept.
+        def step(i: Array, state: State) -> State:
+            return block(i * size + done if done else i * size, size, state)
+
+        state = lax.fori_loop(0, whole, jax.checkpoint(step, prevent_cse=False), state)
     return block(done + whole * size, left, state) if left else state
 
 
