@@ -38,7 +38,17 @@ from jaxce.log_probabilities import LogProbsAux, log_probs
 from jaxce.lookup import repeated_entries, sums_of_same
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import alike, explicit_mesh, mask_like, place, shard_count, spec_of, sum_over, vary, varying
+from jaxce.sharding import (
+    alike,
+    explicit_mesh,
+    mask_like,
+    place_together,
+    shard_count,
+    spec_of,
+    sum_over,
+    vary,
+    varying,
+)
 from jaxce.stats import Terms, finite, merge_shards, tempered, working_dtype
 from jaxce.sums import Rows, effective, row_stats
 from jaxce.targets import SparseTargets, Targets, checked_sparse, is_class
@@ -189,6 +199,8 @@ def distillation_loss(
     for name, x in (("logits", logits), ("teacher_logits", teacher_logits)):
         checks.split_over(name, x, constants.options.axis_name, "classes")
         checks.split_over(name, x, constants.options.batch_axis_name, "examples")
+    if isinstance(teacher_logits, jax.core.Tracer):  # others have no derivative
+        teacher_logits = lax.stop_gradient(teacher_logits)
     # The teacher goes where probability targets would: it has their shape, and moves and is sharded as they are.
     result: Array = _loss(logits, examples._replace(probs=teacher_logits), axes=axes, of=constants)
     return result
@@ -221,7 +233,7 @@ def _joint_dtype(logits: Array, teacher_logits: Array) -> jnp.dtype:
 
 @functools.partial(jax.jit, static_argnames=("axes", "of"))
 def _loss(logits: Array, examples: Examples, *, axes: tuple[int, ...], of: Distillation) -> Array:
-    examples, _ = sharded_alike(logits, examples, Shared(), axes)
+    examples, _ = sharded_alike(of.options, logits, examples, Shared(), axes)
     logits, examples = classes_last(logits, examples, axes)
     assert examples.probs is not None
     return loss_of_models(of, Models(logits, examples.probs), examples._replace(probs=None))
@@ -248,7 +260,7 @@ def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) 
     else:
         models, rest = rows
         student, rest = reverse_mode_only((models.student, rest))
-        value = row_divergence(of, Models(student, lax.stop_gradient(models.teacher)), rest)
+        value = row_divergence(of, models._replace(student=student), rest)
     return composed(of, value, examples, counts)
 
 
@@ -325,9 +337,18 @@ def top_k_loss(
         classes = sum_over(jnp.broadcast_to(count, batch), of.options.axis_name)
     if (mesh := explicit_mesh(like)) is not None:
         rows = [s for i, s in enumerate(spec_of(like)) if i not in class_axes]
-        indices, probs = (place(x, mesh, (*rows, None)) for x in (indices, probs))
-        classes = None if classes is None else place(classes, mesh, rows)
-        examples = examples.by_kind(row=lambda x: place(x, mesh, rows), classes=lambda x: x)
+        # Beside an array that is on the mesh already, which says what devices that has.
+        placed = place_together(
+            mesh,
+            {
+                "like": (like, spec_of(like)),
+                "entries": ((indices, probs), (*rows, None)),
+                "classes": (classes, rows),
+                "rows": (examples._replace(where=None), rows),
+            },
+        )
+        (indices, probs), classes = placed["entries"], placed["classes"]
+        examples = placed["rows"]._replace(where=examples.where)
     counts = who_counts(of.options, examples, Shared(), jnp.sum(probs, -1), classes)
     # Entries of probability 0 count for nothing, whatever their index; nor does what is no class, at a weight of 0.
     num_classes = math.prod(full[i] for i in class_axes) * shard_count(of.options.axis_name)
@@ -449,6 +470,10 @@ def gradient_of_classes(
     """In the student's logits of these classes, and what these classes add to that in the temperature."""
     logits, temperature = models.student, examples.temperature
     sides, row, kept, scale = of_rows
+
+    def taking_part(x: Array) -> Array:
+        return x if examples.where is None else jnp.where(mask_like(examples.where, x), x, jnp.zeros_like(x))
+
     if temperature is not None:  # which is NaN where it is not positive
         temperature = jnp.where(kept, temperature, 1)
     pair = compare(_effective(of, models, examples, kept), sides, temperature)
@@ -458,10 +483,9 @@ def gradient_of_classes(
         dz = dz / temperature[..., None]
         dtemperature = scale * temperature_gradient(of.divergence, pair, row, student) / temperature
     if (cap := of.options.logit_softcap) is not None:
-        t = jnp.tanh(_zero_unless(kept, logits.astype(scale.dtype)) / cap)
+        t = jnp.tanh(taking_part(_zero_unless(kept, logits.astype(scale.dtype))) / cap)
         dz = dz * ((1 - t) * (1 + t))
-    if examples.where is not None:  # last: a masked logit may be NaN
-        dz = jnp.where(mask_like(examples.where, dz), dz, jnp.zeros_like(dz))
+    dz = taking_part(dz)  # last: a masked logit may be NaN
     return dz.astype(logits.dtype), dtemperature
 
 

@@ -105,7 +105,8 @@ def gradient(
     if of.outside is not None:
         largest, share = (x[..., None] for x in of.outside)
         above = _alive(of.dead, z.astype(dtype)) - shift(largest)
-        dz = dz + jnp.exp(jnp.where(above > 0, 0, above)) * share  # not `jnp.minimum`: at 0 its slope is a half
+        above = above - lax.stop_gradient(jnp.maximum(above, 0))  # whose slope is 1, also where it was rounded upwards
+        dz = dz + jnp.exp(above) * share
     if rows.indices is not None and of.at_targets is not None:
         dz = put(dz, rows.indices, of.at_targets)
 
@@ -130,7 +131,7 @@ def gradient(
         dz = taking_part(dz) / jnp.where(of.dead[..., None], 1, rows.temperature)  # NaN where it is not positive
         dtemperature = -jnp.sum(times(dz, z), -1)
     if options.logit_softcap is not None:
-        t = jnp.tanh(_alive(of.dead, logits.astype(dtype)) / options.logit_softcap)
+        t = jnp.tanh(taking_part(_alive(of.dead, logits.astype(dtype))) / options.logit_softcap)
         dz = dz * ((1 - t) * (1 + t))
     dz = taking_part(dz)  # last: a masked logit may be NaN
     return dz.astype(logits.dtype), Examples(probs=dprobs, temperature=dtemperature), Shared(class_weights=dweights)

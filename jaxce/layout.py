@@ -1,7 +1,8 @@
-"""Class axes to the end, and the masks that go with them."""
+"""Class axes to the end, and what goes with the logits placed as they are."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,22 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from jaxce.arguments import Examples, Shared
-from jaxce.sharding import explicit_mesh, place, spec_of
+from jaxce.arguments import Examples, Options, Shared
+from jaxce.sharding import alike, explicit_mesh, place, spec_of
 
 
-def sharded_alike(logits: Array, examples: Examples, shared: Shared, axes: tuple[int, ...]) -> tuple[Examples, Shared]:
+def alike_on_devices(options: Options, examples: Examples, shared: Shared) -> tuple[Examples, Shared]:
+    """What has no class axis is the same on all devices of the classes: then so is the loss of a row."""
+    same = functools.partial(alike, axes=options.axis_name, ignore_index=options.ignore_index)
+    weights, *numbers = shared
+    return examples.by_kind(row=same, entries=same), Shared(weights, *same(numbers))
+
+
+def sharded_alike(
+    options: Options, logits: Array, examples: Examples, shared: Shared, axes: tuple[int, ...]
+) -> tuple[Examples, Shared]:
     """On a mesh with Explicit axes, targets, mask and weights are sharded as the logits are."""
+    examples, shared = alike_on_devices(options, examples, shared)
     if (mesh := explicit_mesh(logits)) is None:
         return examples, shared
     full = spec_of(logits)

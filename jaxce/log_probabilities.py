@@ -180,7 +180,7 @@ def log_probs(
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))
 def _log_probs(logits: Array, examples: Examples, *, axes: tuple[int, ...], options: Options) -> Result:
-    examples, _ = sharded_alike(logits, examples, Shared(), axes)
+    examples, _ = sharded_alike(options, logits, examples, Shared(), axes)
     logits, examples = classes_last(logits, examples, axes)
     return log_probs_of_logits(options, logits, examples)
 

@@ -83,7 +83,7 @@ def cross_entropy_from_probs(
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))
 def _loss(p: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...], options: Options) -> Array:
-    examples, shared = sharded_alike(p, examples, shared, axes)
+    examples, shared = sharded_alike(options, p, examples, shared, axes)
     p, examples = classes_last(p, examples, axes)
     indices, class_weights = examples.indices, shared.class_weights
     dtype = working_dtype(p.dtype)
@@ -104,6 +104,10 @@ def _loss(p: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...]
     p = jnp.where((unused & ~valid)[..., None], jnp.ones_like(p), p)
     p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
 
+    def counted(surprise: Array) -> Array:
+        """Finite in unused rows: multiplied by a cotangent of 0, infinity would be NaN in what rows share."""
+        return jnp.where(unused[..., None] & jnp.isinf(surprise), 0, surprise)
+
     amount = jnp.zeros((), dtype) if shared.label_smoothing is None else shared.label_smoothing
     if indices is not None:
         if class_weights is not None:
@@ -114,11 +118,11 @@ def _loss(p: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...]
         t = examples.probs
         if class_weights is not None:
             t = t * jnp.broadcast_to(class_weights, t.shape)
-        target = jnp.sum(times(t, _surprise(p, (t == 0) | unused[..., None] | (amount == 1))), -1)
+        target = jnp.sum(times(t, counted(_surprise(p, (t == 0) | unused[..., None] | (amount == 1)))), -1)
     smoothing = None
     if options.label_smoothing:
         v = jnp.ones_like(p) if class_weights is None else jnp.broadcast_to(class_weights, p.shape)
-        smoothing = jnp.sum(times(v, _surprise(p, (v == 0) | unused[..., None] | (amount == 0))), -1)
+        smoothing = jnp.sum(times(v, counted(_surprise(p, (v == 0) | unused[..., None] | (amount == 0)))), -1)
     terms = Terms(jnp.zeros_like(like), target, smoothing)
     return cast(Array, compose(options, terms, examples, shared, counts, p.shape[-1]))
 

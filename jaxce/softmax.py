@@ -240,7 +240,7 @@ def _checked_loss(
 def _loss(
     logits: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...], options: Options
 ) -> Array | tuple[Array, CrossEntropyAux]:
-    examples, shared = sharded_alike(logits, examples, shared, axes)
+    examples, shared = sharded_alike(options, logits, examples, shared, axes)
     logits, examples = classes_last(logits, examples, axes)
     return loss_of_logits(options, logits, examples, shared)
 

@@ -123,7 +123,9 @@ def finish(stats: RowStats) -> Terms:
     entropy = None if stats.spread is None else log_sum + stats.spread / (1 + stats.rest)
     tail = None
     if stats.outside is not None:
-        tail = (stats.outside.max - stats.max) + (jnp.log1p(stats.outside.rest) - log_sum)
+        # Of no other class its maximum says so, and the sum, −1, has no derivative.
+        rest = jnp.where(stats.outside.max == -jnp.inf, 0, stats.outside.rest)
+        tail = (stats.outside.max - stats.max) + (jnp.log1p(rest) - log_sum)
     return Terms(stats.max + log_sum, target, smoothing, entropy, tail)
 
 

@@ -136,6 +136,8 @@ def effective(options: Options, rows: Rows) -> Array:
     z = rows.logits if rows.logits.dtype.itemsize > 1 else rows.logits.astype(working_dtype(rows.logits.dtype))
     if options.logit_softcap is not None:
         z = z.astype(working_dtype(z.dtype))
+        if rows.where is not None:  # a masked logit may be NaN, where a tanh has no derivative
+            z = jnp.where(mask_like(rows.where, z), z, 0)
         z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
     if rows.temperature is not None:
         z = tempered(z.astype(working_dtype(z.dtype)), rows.temperature, rows.offset)

@@ -156,8 +156,9 @@ def class_weight_at(class_weights: Array, indices: Array, axis_name: AxisNames =
     """`class_weights [V]` at `indices [..., K]`; arbitrary for an index outside the classes."""
     if explicitly_sharded(class_weights, indices):
         classes = lax.broadcasted_iota(indices.dtype, (*indices.shape, class_weights.size), indices.ndim)
-        hit = (classes == indices[..., None]).astype(class_weights.dtype)
-        return jnp.sum(hit * jnp.broadcast_to(class_weights, hit.shape), -1)
+        weights = jnp.broadcast_to(class_weights, classes.shape)
+        hit = (classes == indices[..., None]).astype(weights.dtype) * jnp.ones_like(weights)  # sharded as both are
+        return jnp.sum(jnp.where(hit == 0, jnp.zeros_like(hit), hit * weights), -1)  # a weight may be infinite
     local = on_this_device(indices, class_weights.size, axis_name)
     found = jnp.take(class_weights, jnp.clip(local, 0, class_weights.size - 1), mode="clip")
     if not axis_name:

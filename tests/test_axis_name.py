@@ -396,6 +396,53 @@ def test_what_was_gathered_over_the_devices_of_the_classes(rng, loss, asked, gat
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["cross-entropy", "log_probs", "divergence", "divergence from some classes"])
+def test_dense_losses_beside_what_was_gathered_over_the_devices_of_the_classes(rng, loss):
+    """A device that asks for the gradient in its classes gets that of the loss, not of every device's."""
+    args = linear_arguments(rng, "index", v=32)
+    h, labels, k = (np.asarray(args[name])[:8] for name in ("hidden", "targets", "kernel"))
+    rows = {"h": h, "labels": labels, "weights": rng.uniform(0.2, 2, 8).astype(np.float32)}
+    rows["T"] = rng.uniform(0.5, 2, 8).astype(np.float32)
+
+    def value(k, rows, axis=None):
+        z, options = rows["h"] @ k, {"axis_name": axis, "temperature": rows["T"]}
+        if loss == "log_probs":
+            return jnp.mean(jaxce.log_probs(z, rows["labels"], **options))
+        options |= {"weights": rows["weights"], "reduction": "mean"}
+        if loss == "cross-entropy":
+            return softmax_cross_entropy(z, rows["labels"], label_smoothing=0.1, z_loss=0.01, **options)
+        teacher = jnp.sin(z)
+        if loss == "divergence from some classes":
+            teacher = jaxce.SparseTargets(rows["labels"][:, None], 0.5 * jnp.ones_like(rows["T"])[:, None])
+        return jaxce.distillation_loss(z, teacher, **options)
+
+    def split(k, rows):
+        gathered = jax.tree.map(lambda x: lax.all_gather(x, "v", tiled=True), rows)
+        return jax.value_and_grad(value)(k, gathered, "v")
+
+    specs = P(None, "v"), P("v")
+    found = jax.jit(jax.shard_map(split, mesh=mesh_of(4), in_specs=specs, out_specs=(P(), P(None, "v"))))(k, rows)
+    wanted = jax.jit(jax.value_and_grad(value))(k, rows)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["dense", "linear divergence", "linear"])
+def test_tokens_that_nobody_gathered_are_nan(rng, loss):
+    h, k, labels = rng.normal(size=(8, 3)), rng.normal(size=(3, 8)), rng.integers(0, 8, 8)
+
+    def local(h, k, labels):
+        if loss == "dense":
+            return softmax_cross_entropy(h @ k, labels, axis_name="v", reduction="mean")
+        if loss == "linear":
+            return linear_cross_entropy(h, k, labels, axis_name="v", reduction="mean")
+        return jaxce.linear_distillation_loss(h, k, jnp.sin(h), jnp.cos(k), axis_name="v", reduction="mean")
+
+    split = jax.shard_map(local, mesh=mesh_of(4), in_specs=(P("v"), P(None, "v"), P("v")), out_specs=P())
+    given = h.astype(np.float32), k.astype(np.float32), labels
+    assert np.isnan(jax.jit(split)(*given))
+
+
 @pytest.mark.parametrize("loss", ["dense", "linear"])
 def test_labels_that_are_no_class_weigh_nothing_and_are_nan(loss):
     """Their class weight is on no device, and the divisor of the mean is 0."""

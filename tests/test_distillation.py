@@ -489,6 +489,28 @@ def test_a_teacher_of_all_classes_that_a_number_does_not_mask():
     np.testing.assert_allclose(distillation_loss(z, teacher), np.sum(p * np.log(4 * p)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_beside_a_teacher_that_names_every_class(kind, tail, rng):
+    """By number, or all that a mask leaves: nothing is left, and that has no derivative."""
+    z = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    where = np.array([[True] * 5, [True] * 3 + [False] * 2])
+    p = np.float32([[0.3, 0.3, 0.2, 0.1, 0.1], [0.5, 0.3, 0.2, 0, 0]])
+    teacher = SparseTargets(np.tile(np.arange(5), (2, 1)), p)
+
+    def hessian(teacher, **options):
+        def loss(z, teacher, where):
+            given = KINDS[kind] | options
+            return distillation_loss(z, teacher, where=where, **given)
+
+        of_rows = jax.vmap(jax.jacrev(jax.grad(loss)), in_axes=(0, 0, 0))
+        return jax.jit(of_rows)(z, teacher, where), jax.jit(jax.vmap(jax.hessian(loss)))(z, teacher, where)
+
+    for found in hessian(teacher, tail=tail):
+        for wanted in hessian(jnp.log(p)):
+            np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_forward_mode_in_the_teacher_is_0(rng):
     z, t = (jnp.asarray(rng.normal(size=(2, 5)), jnp.float32) for _ in range(2))
     for implementation in "xla", "autodiff":

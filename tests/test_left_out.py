@@ -213,6 +213,44 @@ def test_a_row_of_weight_0_keeps_its_numbers(form, smoothing):
     assert aux.prediction == 2
 
 
+@pytest.mark.parametrize("kind", ["index", "probs"])
+def test_a_row_of_probability_0_that_is_left_out(kind):
+    """As padding of zeros is: it leaves what rows share its gradient, and has none of its own."""
+    p, t = np.float32([[0, 0], [0.5, 0.5]]), np.float32([[1, 0], [0.5, 0.5]])
+
+    def loss(p, t, class_weights, smoothing):
+        options = {"class_weights": class_weights, "label_smoothing": smoothing, "reduction": "sum"}
+        if kind == "index":
+            return jaxce.cross_entropy_from_probs(p, np.array([-1, 1]), ignore_index=-1, **options)
+        return jaxce.cross_entropy_from_probs(p, t, weights=np.float32([0, 1]), **options)
+
+    value, gradients = jax.value_and_grad(loss, (0, 1, 2, 3))(p, t, np.ones(2, np.float32), np.float32(0.1))
+    alone = jax.value_and_grad(lambda *x: loss(jnp.stack([jnp.asarray(p[1]), x[0][1]]), *x[1:]), (0, 1, 2, 3))
+    wanted_value, wanted = alone(p, t, np.ones(2, np.float32), np.float32(0.1))
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-6)
+    for a, b in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(a[1:] if a.ndim == 2 else a, b[1:] if b.ndim == 2 else b, rtol=1e-6)
+    for own in gradients[:2]:
+        np.testing.assert_array_equal(own[0], 0)
+
+
+def test_the_gradient_of_a_gradient_passes_over_a_masked_class_under_a_soft_cap():
+    z, where = np.float32([[1, 2, np.nan]]), np.array([True, True, False])
+
+    def twice(loss):
+        gradient = jax.grad(lambda z: loss(z, where=where, logit_softcap=30.0, reduction="sum"))
+        return lambda z: jax.grad(lambda z: jnp.sum(gradient(z) ** 2))(z)
+
+    for loss in (
+        functools.partial(jaxce.softmax_cross_entropy, targets=np.array([0])),
+        functools.partial(
+            jaxce.distillation_loss, teacher_logits=np.float32([[0, 1, np.nan]]), teacher_logit_softcap=9.0
+        ),
+    ):
+        wanted = twice(loss)(np.where(where, z, 0))
+        np.testing.assert_allclose(twice(loss)(z), wanted, rtol=1e-5)
+
+
 @pytest.mark.parametrize("form", [*IMPLEMENTATIONS, "linear", "where"])
 def test_a_class_that_targets_and_logits_leave_out(form):
     """By −inf, as a student and a teacher with one vocabulary mask do: no gradient in the teacher's logits is NaN."""

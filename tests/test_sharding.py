@@ -358,12 +358,18 @@ def test_arrays_of_an_explicit_mesh_that_is_not_set(rng):
     mesh = jax.make_mesh((8,), ("b",), axis_types=(AxisType.Explicit,))
     y, w = rng.integers(0, 5, 16), rng.uniform(0.5, 2, 16)
     h, k, z, t = (rng.normal(size=s).astype(np.float32) for s in ((16, 3), (3, 5), (16, 5), (16, 5)))
+    teacher = SparseTargets(np.tile([0, 2], (16, 1)), np.tile(np.float32([0.5, 0.3]), (16, 1)))
     losses = {
         "linear": lambda h, z: jaxce.linear_cross_entropy(h, k, y, weights=w, reduction="mean"),
         "log_probs": lambda h, z: jaxce.linear_log_probs(h, k, y),
         "linear distillation": lambda h, z: jaxce.linear_distillation_loss(h, k, np.cos(t[:, :3]), np.cos(k)),
         "dense": lambda h, z: jaxce.softmax_cross_entropy(z, y, weights=w),
         "distillation": lambda h, z: jaxce.distillation_loss(z, t),
+        "top-K": lambda h, z: jaxce.distillation_loss(z, teacher, weights=w),
+        "linear top-K": lambda h, z: jaxce.linear_distillation_loss(h, k, teacher),
+        "infinite weight": lambda h, z: jaxce.softmax_cross_entropy(
+            z, y % 4, class_weights=np.float32([1, 1, 1, 1, np.inf])
+        ),
         "report": lambda h, z: jaxce.diagnostics.report(z, y, weights=w).loss,
     }
     placed = jax.device_put((h, z), NamedSharding(mesh, P("b")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple, get_args
 
@@ -11,9 +10,10 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxce import checks, sharding
+from jaxce import checks
 from jaxce.arguments import Examples, Options, Projection, Shared, checked
 from jaxce.compose import Counts, usable_temperature, who_counts
+from jaxce.layout import alike_on_devices
 from jaxce.linear import blocks, mesh, pallas_tpu
 from jaxce.linear import plan as plans
 from jaxce.linear.costs import Problem
@@ -169,13 +169,6 @@ def prepared(
     examples = usable_temperature(options, examples, counts)
     projection, examples, shared = mesh.vary_by_kind(options, projection, examples, shared)
     return Prepared(projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared)))
-
-
-def alike_on_devices(options: Options, examples: Examples, shared: Shared) -> tuple[Examples, Shared]:
-    """What has no class axis is the same on all devices of the classes: then so is the loss of a row."""
-    alike = functools.partial(sharding.alike, axes=options.axis_name, ignore_index=options.ignore_index)
-    weights, *numbers = shared
-    return examples.by_kind(row=alike, entries=alike), Shared(weights, *alike(numbers))
 
 
 def of_rows(hidden: Array, dtype: DTypeLike, options: Options) -> Array:

@@ -37,8 +37,9 @@ from jaxce.distillation import (
     top_k_loss,
 )
 from jaxce.divergence import Models, Side, Sums, side_of
+from jaxce.layout import alike_on_devices
 from jaxce.linear import VocabAxis, blocks, costs, mesh
-from jaxce.linear.arguments import alike_on_devices, check_mode, checked_projection, of_rows, without_unused
+from jaxce.linear.arguments import check_mode, checked_projection, of_rows, without_unused
 from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, put_or_add, take
 from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.linear.store import only_asked, scaled, those_asked
@@ -539,10 +540,13 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
     examples, _ = alike_on_devices(options, examples, Shared())
     classes = blocks.participating(examples.where, (*batch, V), plans[0].student.forward_v, options.axis_name)
     like = of_rows(models.student.hidden, _working(models), options)
+    examples = _nan_unless_gathered(options, models, examples, like)
     counts = who_counts(options, examples, Shared(), like, classes)
     examples = usable_temperature(options, examples, counts)
     teacher = jax.tree.map(lax.stop_gradient, models.teacher)
-    models = Models(*(m._replace(hidden=without_unused(counts.unused, m.hidden)) for m in (models.student, teacher)))
+    models = Models(models.student, teacher)
+    if not (examples.weights is None and examples.where is None):
+        models = Models(*(m._replace(hidden=without_unused(counts.unused, m.hidden)) for m in models))
     models, examples, counts = _varied(options, models, examples, counts)
     if options.implementation == "autodiff":
         of_models = (tuple(plan[i] for plan in plans) for i in range(2))
@@ -556,6 +560,21 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
     weights = (counts.weight / divisor).reshape(math.prod(batch))
     total = _weighted_sum(plans, of, *reverse_mode_only((tokens, weights)))
     return mean_or_0(sum_over(total, options.batch_axis_name), nothing)
+
+
+def _nan_unless_gathered(options: Options, models: Models[Projection], examples: Examples, like: Array) -> Examples:
+    """A weight of NaN for tokens that are not the same on all devices of the classes, as they have to be.
+
+    Those that were gathered cannot be told from those that were not by their types, but by what they hold.
+    """
+    weights = examples.weights
+    for hidden in (m.hidden for m in models):
+        if axes := tuple(sorted(set(options.axis_name) & varying(hidden))):
+            sums = lax.stop_gradient(jnp.sum(hidden, -1)).astype(like.dtype)
+            weights = jnp.ones_like(like) if weights is None else jnp.broadcast_to(weights, like.shape)
+            differ = lax.pmax(sums, axes) != lax.pmin(sums, axes)
+            weights = jnp.where(differ & (weights != 0), jnp.nan, weights)
+    return examples._replace(weights=weights)
 
 
 def _varied(

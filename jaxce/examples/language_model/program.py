@@ -74,9 +74,8 @@ def run(settings: Settings, *, data: Path | None, output_dir: Path, console: Con
     console.print(f"{dataset}\nnetwork: {trainer.parameters:,} parameters; loss: {settings.loss}")
 
     memory = report_memory(settings, dataset.tokenizer.vocab_size, console, mesh)
-    plan = jaxce.plan_linear_cross_entropy(
-        *loss_arguments(settings, dataset.tokenizer.vocab_size), vocab_axis=0, mode=settings.mode, reduction="mean"
-    )
+    share = loss_arguments(settings, dataset.tokenizer.vocab_size // (mesh.size if mesh else 1))
+    plan = jaxce.plan_linear_cross_entropy(*share, vocab_axis=0, mode=settings.mode, reduction="mean")
     console.print(f"how the fused loss goes about it:\n{plan}", markup=False)
     yardsticks = Yardsticks(dataset.tokenizer.vocab_size, dataset.unigram_entropy)
     start = trainer.test()
