@@ -195,29 +195,31 @@ def test_plans_for_other_platforms():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"ignore_index": -1}], ids=["all tokens count", "some may be ignored"])
-def test_what_a_mode_keeps_for_the_backward_pass(options):
+@pytest.mark.parametrize("out", [None, "ignore_index", "where"])
+def test_what_a_mode_keeps_for_the_backward_pass(out):
     """As a scan over batches shows: that much more memory for each step, where the gradient is taken from outside."""
     n, d, v = 64, 16, 1024
     kernel = jax.ShapeDtypeStruct((d, v), jnp.float32)
+    options = {"ignore_index": -1} if out == "ignore_index" else {}
+    mask = jax.ShapeDtypeStruct((1, v), jnp.bool_) if out == "where" else None
 
     def memory(mode, steps, budget):
         given = options | {"reduction": "sum", "mode": mode, "memory_budget": budget}
 
-        def total(k, h, y):
+        def total(k, h, y, where):
             def step(total, x):
-                return total + jaxce.linear_cross_entropy(x[0], k, x[1], **given), None
+                return total + jaxce.linear_cross_entropy(x[0], k, x[1], where=where, **given), None
 
             return jax.lax.scan(step, 0.0, (h, y))[0]
 
         batches = jax.ShapeDtypeStruct((steps, n, d), jnp.float32), jax.ShapeDtypeStruct((steps, n), jnp.int32)
         step = jax.jit(jax.grad(total, (0, 1)))
-        return step.lower(kernel, *batches).compile().memory_analysis().temp_size_in_bytes
+        return step.lower(kernel, *batches, mask).compile().memory_analysis().temp_size_in_bytes
 
     arrays = jax.ShapeDtypeStruct((n, d), jnp.float32), kernel, jax.ShapeDtypeStruct((n,), jnp.int32)
     for mode, budget in ("store", 300_000), ("store", None), ("recompute", None):
         given = options | {"reduction": "sum", "mode": mode, "memory_budget": budget}
-        plan = jaxce.plan_linear_cross_entropy(*arrays, **given)
+        plan = jaxce.plan_linear_cross_entropy(*arrays, where=mask, **given)
         growth = (memory(mode, 40, budget) - memory(mode, 8, budget)) / 32
         arguments = 4 * n * (d + 1)  # of each step: a scan keeps them as well
         assert 0.9 * plan.kept_bytes <= growth <= 1.2 * (plan.kept_bytes + arguments)

@@ -114,7 +114,8 @@ def linear_cross_entropy(
     .. math:: \mathrm{softmax\_cross\_entropy}(h W + b,\ \text{targets}, \ldots)
 
     in value and in every gradient, for every option and every kind of target. Logits exist one block at a time, in
-    float32; a language model with N tokens and V classes needs no memory that grows with N·V.
+    float32; a language model with N tokens and V classes needs no memory that grows with N·V (on GPU, if a
+    `memory_budget` says so).
 
     Args:
       hidden: floats `[..., D]`.

@@ -77,6 +77,7 @@ def checked_linear(
         weights=examples.weights is not None,
         class_weights=shared.class_weights is not None,
         mask_per_token=any(n != 1 for n in of_tokens),
+        mask=examples.where is not None,
         mask_broadcast=any(n != 1 for n in of_tokens) and of_tokens != batch and of_classes != 1,
         narrow_probs=narrow_probs,
     )

@@ -37,6 +37,7 @@ class Problem:
     weights: bool
     class_weights: bool
     mask_per_token: bool
+    mask: bool = False  # any mask
     mask_broadcast: bool = False  # a mask per token that has an axis of length 1 for several of them
     narrow_probs: bool = False  # probabilities [N, V] of another than the working dtype, which their gradient has
 
@@ -103,7 +104,7 @@ def record_bytes(p: Problem) -> int:
 
 def cleaned_bytes(p: Problem) -> int:
     """Where tokens may be unused: the hidden states without what is not finite in those, and where that is."""
-    some = p.weights or p.class_weights or p.mask_per_token or p.options.ignore_index is not None
+    some = p.weights or p.class_weights or p.mask or p.options.ignore_index is not None
     return some * p.N * p.D * (p.hidden.itemsize + 1)
 
 
