@@ -303,7 +303,9 @@ def test_a_device_whose_classes_are_all_masked_by_the_smallest_float(rng, asked)
     value, gradient = jax.jit(jax.value_and_grad(split))(logits)
     wanted, of_kept = jax.jit(jax.value_and_grad(total))(logits[:, : -V // 4])
     np.testing.assert_allclose(value, wanted, rtol=16 * EPS)
-    np.testing.assert_allclose(gradient, np.pad(of_kept, ((0, 0), (0, V // 4))), rtol=64 * EPS, atol=TINY)
+    # A gradient is a difference of numbers that are no larger than the largest of them are here.
+    wanted = np.pad(of_kept, ((0, 0), (0, V // 4)))
+    np.testing.assert_allclose(gradient, wanted, rtol=16 * EPS, atol=16 * EPS * np.max(np.abs(wanted)))
 
 
 @pytest.mark.parametrize(("split", "kind", "mode"), pairwise([(1, 1), (2, 0), (4, 1), (8, 0)], KINDS, MODES))
