@@ -46,6 +46,7 @@ from jaxce.sharding import (
     shard_count,
     spec_of,
     sum_over,
+    taking_part,
     vary,
     varying,
 )
@@ -248,8 +249,8 @@ def loss_of_models(of: Distillation, models: Models[Array], examples: Examples) 
     like = lax.pmax(like, names) if names else like
     counts = who_counts(options, examples, Shared(), like, classes)
     examples = usable_temperature(options, examples, counts)
-    if options.implementation == "autodiff" and where is not None:
-        models = Models(*(jnp.where(mask_like(where, z), z, jnp.zeros_like(z)) for z in models))
+    if options.implementation == "autodiff":
+        models = Models(*(taking_part(where, z) for z in models))
     rows = models, Examples(where=where, temperature=examples.temperature)
     rows = vary(rows, varying(rows))
     if options.implementation == "autodiff":
@@ -470,10 +471,6 @@ def gradient_of_classes(
     """In the student's logits of these classes, and what these classes add to that in the temperature."""
     logits, temperature = models.student, examples.temperature
     sides, row, kept, scale = of_rows
-
-    def taking_part(x: Array) -> Array:
-        return x if examples.where is None else jnp.where(mask_like(examples.where, x), x, jnp.zeros_like(x))
-
     if temperature is not None:  # which is NaN where it is not positive
         temperature = jnp.where(kept, temperature, 1)
     pair = compare(_effective(of, models, examples, kept), sides, temperature)
@@ -483,9 +480,9 @@ def gradient_of_classes(
         dz = dz / temperature[..., None]
         dtemperature = scale * temperature_gradient(of.divergence, pair, row, student) / temperature
     if (cap := of.options.logit_softcap) is not None:
-        t = jnp.tanh(taking_part(_zero_unless(kept, logits.astype(scale.dtype))) / cap)
+        t = jnp.tanh(taking_part(examples.where, _zero_unless(kept, logits.astype(scale.dtype))) / cap)
         dz = dz * ((1 - t) * (1 + t))
-    dz = taking_part(dz)  # last: a masked logit may be NaN
+    dz = taking_part(examples.where, dz)  # last: a masked logit may be NaN
     return dz.astype(logits.dtype), dtemperature
 
 

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.lookup import put, sums_of_same
 from jaxce.reverse_mode import is_symbolic_zero, materialised
-from jaxce.sharding import mask_like
+from jaxce.sharding import taking_part
 from jaxce.stats import RowStats, Terms, shift, times
 from jaxce.sums import effective, exponentials_for_gradient, left_out, rows_of, smoothing_distribution
 
@@ -91,9 +91,6 @@ def gradient(
     """
     dtype, rows = of.scale.dtype, rows_of(options, logits, examples, shared)
 
-    def taking_part(x: Array) -> Array:
-        return x if rows.where is None else jnp.where(mask_like(rows.where, x), x, jnp.zeros_like(x))
-
     z = effective(options, rows)
     bare = rows._replace(indices=left_out(options, rows.indices), probs=None, smoothing_weights=None)
     e = exponentials_for_gradient(options, again, bare, of.max)
@@ -117,7 +114,7 @@ def gradient(
         dz = dz - of.target[..., None] * _alive(of.dead, rows.probs.astype(dtype))
         # A class of probability 0 whose target is 0 has no part in the loss, as in the other forms of it.
         absent = (examples.probs == 0) & (surprise == jnp.inf)
-        dprobs = taking_part(times(of.target[..., None], jnp.where(absent, 0, surprise)))
+        dprobs = taking_part(rows.where, times(of.target[..., None], jnp.where(absent, 0, surprise)))
         if shared.class_weights is not None:
             dweights = jnp.sum(times(_alive(of.dead, examples.probs.astype(dtype)), dprobs), batch)
             dprobs = times(shared.class_weights, dprobs)
@@ -125,15 +122,16 @@ def gradient(
         share = of.smoothing[..., None]
         dz = dz - share * smoothing_distribution(dz, dtype, rows.smoothing_weights, rows.where)
         if rows.smoothing_weights is not None:
-            by_class = jnp.sum(taking_part(times(share, surprise)), batch)
+            by_class = jnp.sum(taking_part(rows.where, times(share, surprise)), batch)
             dweights = by_class if dweights is None else dweights + by_class
     if rows.temperature is not None:
-        dz = taking_part(dz) / jnp.where(of.dead[..., None], 1, rows.temperature)  # NaN where it is not positive
+        divisor = jnp.where(of.dead[..., None], 1, rows.temperature)  # NaN where it is not positive
+        dz = taking_part(rows.where, dz) / divisor
         dtemperature = -jnp.sum(times(dz, z), -1)
     if options.logit_softcap is not None:
-        t = jnp.tanh(taking_part(_alive(of.dead, logits.astype(dtype))) / options.logit_softcap)
+        t = jnp.tanh(taking_part(rows.where, _alive(of.dead, logits.astype(dtype))) / options.logit_softcap)
         dz = dz * ((1 - t) * (1 + t))
-    dz = taking_part(dz)  # last: a masked logit may be NaN
+    dz = taking_part(rows.where, dz)  # last: a masked logit may be NaN
     return dz.astype(logits.dtype), Examples(probs=dprobs, temperature=dtemperature), Shared(class_weights=dweights)
 
 

@@ -37,6 +37,11 @@ def mask_like(mask: Array, like: Array) -> Array:
     return mask & jnp.full_like(like, True, dtype=jnp.bool_)
 
 
+def taking_part(where: Array | None, x: Array) -> Array:
+    """`x [..., V]`, but 0 for classes that the mask leaves out, whatever it holds there."""
+    return x if where is None else jnp.where(mask_like(where, x), x, jnp.zeros_like(x))
+
+
 def varying(*trees: Any) -> frozenset[str]:
     """The mesh axes of a `shard_map` along which any of the arrays differs."""
     return frozenset().union(*(varying_axes(jax.typeof(a)) for a in jax.tree.leaves(trees)))

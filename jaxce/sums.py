@@ -37,7 +37,7 @@ from jax.typing import DTypeLike
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.lookup import compared, gathered, is_class, pick, put, scattered
 from jaxce.on_cpu import on_one_cpu, slice_of
-from jaxce.sharding import explicitly_sharded, mask_like
+from jaxce.sharding import explicitly_sharded, mask_like, taking_part
 from jaxce.stats import (
     Gap,
     RowStats,
@@ -135,9 +135,7 @@ def effective(options: Options, rows: Rows) -> Array:
     """
     z = rows.logits if rows.logits.dtype.itemsize > 1 else rows.logits.astype(working_dtype(rows.logits.dtype))
     if options.logit_softcap is not None:
-        z = z.astype(working_dtype(z.dtype))
-        if rows.where is not None:  # a masked logit may be NaN, where a tanh has no derivative
-            z = jnp.where(mask_like(rows.where, z), z, 0)
+        z = taking_part(rows.where, z.astype(working_dtype(z.dtype)))  # at NaN a tanh has no derivative
         z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
     if rows.temperature is not None:
         z = tempered(z.astype(working_dtype(z.dtype)), rows.temperature, rows.offset)

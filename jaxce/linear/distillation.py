@@ -45,7 +45,7 @@ from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.linear.store import only_asked, scaled, those_asked
 from jaxce.log_probabilities import LogProbsAux
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import explicit_mesh, sum_like, sum_over, vary, varying
+from jaxce.sharding import alike, explicit_mesh, sum_like, sum_over, vary, varying
 from jaxce.stats import RowStats, finite, matmul_dtype, merge, merge_shards, working_dtype
 from jaxce.sums import Rows, row_stats
 from jaxce.targets import SparseTargets, Targets
@@ -569,11 +569,10 @@ def _nan_unless_gathered(options: Options, models: Models[Projection], examples:
     """
     weights = examples.weights
     for hidden in (m.hidden for m in models):
-        if axes := tuple(sorted(set(options.axis_name) & varying(hidden))):
-            sums = lax.stop_gradient(jnp.sum(hidden, -1)).astype(like.dtype)
+        if set(options.axis_name) & varying(hidden):
+            sums = alike(lax.stop_gradient(jnp.sum(hidden, -1)).astype(like.dtype), options.axis_name)
             weights = jnp.ones_like(like) if weights is None else jnp.broadcast_to(weights, like.shape)
-            differ = lax.pmax(sums, axes) != lax.pmin(sums, axes)
-            weights = jnp.where(differ & (weights != 0), jnp.nan, weights)
+            weights = jnp.where(jnp.isnan(sums) & (weights != 0), jnp.nan, weights)
     return examples._replace(weights=weights)
 
 
