@@ -33,7 +33,8 @@ _ELSEWHERE = {
     "dim": "axis", "input": "logits", "labels": "targets", "target": "targets", "y_pred": "logits", "y_true": "targets",
     "class_weight": "class_weights", "weight": "class_weights", "mask": "weights", "sample_weight": "weights",
     "ignore_class": "ignore_index", "ignore_idx": "ignore_index", "ignore_label": "ignore_index",
-    "label_smoothing_factor": "label_smoothing", "lse_square_scale": "z_loss", "softcap": "logit_softcap",
+    "label_smoothing_factor": "label_smoothing", "softcap": "logit_softcap",
+    "lse_square_scale": "z_loss", "z_loss_weight": "z_loss",
     "reduce": "reduction", "size_average": "reduction", "average": "mean", "avg": "mean", "batchmean": "mean_count",
     "mean_with_sample_weight": "mean", "sum_over_batch_size": "mean_count",
     "from_logits": "Logits are always expected; probabilities go to jaxce.cross_entropy_from_probs.",
@@ -52,13 +53,24 @@ def _nearest(word: str, choices: Collection[str]) -> str:
 def keywords(function: str, given: Iterable[str], known: Collection[str], of_loss: Collection[str]) -> None:
     """`known` are the arguments of the function, `of_loss` the options of the losses that have them all."""
     for name in given:
-        ours = _ELSEWHERE.get(name, name)
         if name in known:
             continue
-        if " " in ours:
+        ours = _ELSEWHERE.get(name, name)
+        if ours == "class_weights" and ours not in known and "weights" in known:
+            ours = "weights"
+        if name == "from_logits" and "probs" in known:
+            hint = "Probabilities are always expected; logits go to jaxce.softmax_cross_entropy."
+        elif " " in ours:
             hint = ours
-        elif ours in of_loss and ours not in known:
-            hint = f"Use jaxce.softmax_cross_entropy, which has {ours}."
+        elif ours in known:
+            hint = f"Its name here is {ours}."
+        elif ours == "weights" and "ids" in known:
+            hint = "A mask of the examples that count is where=; log-probabilities have no weights."
+        elif ours == "ignore_index" and "weights" in known:
+            hint = "Give those examples weight 0: weights=labels != ignore_index."
+        elif ours in of_loss:
+            of_labels = "linear_cross_entropy" if "kernel" in known else "softmax_cross_entropy"
+            hint = f"Use jaxce.{of_labels}, which has {ours}."
         elif nearest := _nearest(name, known):
             hint = f"Its name here is {nearest}."
         else:
@@ -80,6 +92,13 @@ def as_array(x: Any) -> jax.Array:
         return x
     with np.errstate(over="ignore"):  # JAX, too, makes inf of a float64 that is too large
         return cast(jax.Array, np.asarray(x, jnp.result_type(x)))
+
+
+def real_array(x: Any) -> jax.Array:
+    """`as_array` of real numbers: those of a NumPy integer type that JAX does not use now become floats."""
+    if not isinstance(x, jax.Array) and jnp.issubdtype(np.asarray(x).dtype, np.integer):
+        return cast(jax.Array, np.asarray(x, jnp.result_type(float)))
+    return as_array(x)
 
 
 def is_array(x: Any) -> bool:
@@ -126,7 +145,16 @@ def convert(name: str, x: Any, dtype: str = "jnp.float32") -> str:
             return "Its rows differ in length: pad them, and give what was added weight 0, or a label to ignore."
         except TypeError:  # a list of traced numbers
             pass
-    return f"Convert it with {f'{name}.astype({dtype})' if hasattr(x, 'astype') else f'jnp.asarray({name})'}."
+    if isinstance(x, dict):
+        return f"Put it in the order of the classes: jnp.asarray([{name}[c] for c in range(V)])."
+    if isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        return f"Convert it with {name}.astype({dtype})."
+    return f"Convert it with jnp.asarray({name})." if _may_be_array(x) else ""
+
+
+def _may_be_array(x: Any) -> bool:
+    """Whether `jnp.asarray` is likely to take it: a list, a number, another library's array or a column of a table."""
+    return isinstance(x, (list, tuple, int, float)) or hasattr(x, "__array__")
 
 
 def _swapped(name: str, x: Any, targets: Any, targets_name: str) -> str:
@@ -140,8 +168,7 @@ def _swapped(name: str, x: Any, targets: Any, targets_name: str) -> str:
 
 def not_labels(name: str, x: Any, ndim: int, hint: str = "") -> NoReturn:
     """`ndim`: of the logits; `hint`: about probabilities, of which there are as many as logits."""
-    is_list = isinstance(x, (list, tuple, np.ndarray)) and not is_array(x)
-    if is_list or (is_real(x) and jnp.ndim(x) < ndim):
+    if (_may_be_array(x) and not is_array(x)) or (is_real(x) and jnp.ndim(x) < ndim):
         hint = convert(name, x, "int")
     fail(TypeError, name, "an array of integers, class indices", describe(x), hint)
 
@@ -166,7 +193,10 @@ def num_classes(name: str, size: int) -> None:
         fail(ValueError, name, "at least one class", "a class axis of length 0")
 
 
-def indices(name: str, x: jax.Array, batch: tuple[int, ...], full: tuple[int, ...], sparse: bool = False) -> None:
+def indices(
+    name: str, x: jax.Array, batch: tuple[int, ...], full: tuple[int, ...], sparse: bool = False, one_hot: str = ""
+) -> None:
+    """`one_hot`: what to do with labels that are one-hot."""
     shape = (*batch, x.shape[-1]) if sparse and x.ndim else batch
     if x.shape == shape and not (sparse and x.shape[-1:] == (0,)):
         return
@@ -174,7 +204,7 @@ def indices(name: str, x: jax.Array, batch: tuple[int, ...], full: tuple[int, ..
     if sparse and x.shape == batch:
         hint = f"For one class per example, give them a last axis: {name}[..., None]."
     elif x.shape == full and not sparse:
-        hint = "If these are one-hot labels, make them floats: targets.astype(logits.dtype)."
+        hint = one_hot
     elif math.prod(x.shape) == math.prod(batch):
         hint = f"Labels are never broadcast; reshape them: {name}.reshape({batch})."
     what = (
@@ -196,6 +226,8 @@ def probabilities(name: str, x: Any, shape: tuple[int, ...], batch: tuple[int, .
     if jnp.shape(x) != shape:
         hint = "Probabilities are never broadcast; class indices must have an integer dtype"
         hint += f": {name}.astype(int)." if jnp.shape(x) == batch else "."
+        if jnp.shape(x) != batch and broadcastable(jnp.shape(x), shape):
+            hint = f"Probabilities are never broadcast: jnp.broadcast_to({name}, {shape})."
         fail(ValueError, name, f"shape {shape}", describe(x), hint)
 
 
@@ -270,7 +302,7 @@ def _by_example(name: str, x: Any, batch: tuple[int, ...], what: str, hint: str)
         fail(TypeError, name, "an array of real numbers", describe(x), convert(name, x))
     if not broadcastable(jnp.shape(x), batch):
         fail(ValueError, name, f"a shape that broadcasts to the batch shape {batch}, {what}", describe(x), hint)
-    return as_array(x)
+    return real_array(x)
 
 
 def class_weights(x: Any, size: int) -> jax.Array:
@@ -290,7 +322,7 @@ def class_weights(x: Any, size: int) -> jax.Array:
             describe(x),
             "Weights per example go into weights.",
         )
-    return as_array(x)
+    return real_array(x)
 
 
 def kernel(x: jax.Array, size: int, vocab_axis: int, prefix: str = "") -> None:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxce import checks
 from jaxce.label_check import check_labels
+from jaxce.selection import select
 from jaxce.serialization import serializable
 from jaxce.sharding import AxisNames, explicitly_sharded, on_this_device, sum_over
 from jaxce.stats import working_dtype
@@ -27,7 +28,8 @@ class SparseTargets(NamedTuple):
     jit, vmap and grad like an array.
 
     Args:
-      indices: integers `[..., K]`, class indices.
+      indices: integers `[..., K]`, class indices. K is their last axis whatever the class axis of the logits is: beside
+        logits `[N, V, H, W]` with `axis=1` they are `[N, H, W, K]`.
       probs: floats `[..., K]`, usually summing to 1.
 
     Example:
@@ -75,7 +77,10 @@ def sort_by_kind(
         return indices if indices.ndim > len(batch) else indices[..., None], None, ignored
     if checks.is_integers(targets):
         indices, ignored = class_indices(name, targets, ignore_index)
-        checks.indices(name, indices, batch, full)
+        one_hot = f"If these are one-hot labels, make them floats: {name}.astype(logits.dtype)."
+        if name == "labels":
+            one_hot = "One-hot labels go to jaxce.softmax_cross_entropy, as floats: labels.astype(logits.dtype)."
+        checks.indices(name, indices, batch, full, one_hot=one_hot)
         return indices[..., None], None, ignored
     if not checks.is_array(targets) or not jnp.issubdtype(jnp.result_type(targets), jnp.floating):
         hint = f"Convert one-hot bools with {name}.astype(logits.dtype)."
@@ -145,7 +150,7 @@ def entry_probs(indices: Array, probs: Array | None, ignore_index: int | None) -
         return probs
     if probs is None:
         probs = jnp.ones_like(indices, dtype=jnp.float32)
-    return jnp.where(indices == ignore_index, jnp.zeros_like(probs), probs)
+    return select(indices == ignore_index, jnp.zeros_like(probs), probs)
 
 
 def is_class(indices: Array, num_classes: int) -> Array:
@@ -158,13 +163,13 @@ def class_weight_at(class_weights: Array, indices: Array, axis_name: AxisNames =
         classes = lax.broadcasted_iota(indices.dtype, (*indices.shape, class_weights.size), indices.ndim)
         weights = jnp.broadcast_to(class_weights, classes.shape)
         hit = (classes == indices[..., None]).astype(weights.dtype) * jnp.ones_like(weights)  # sharded as both are
-        return jnp.sum(jnp.where(hit == 0, jnp.zeros_like(hit), hit * weights), -1)  # a weight may be infinite
+        return jnp.sum(select(hit == 0, jnp.zeros_like(hit), hit * weights), -1)  # a weight may be infinite
     local = on_this_device(indices, class_weights.size, axis_name)
     found = jnp.take(class_weights, jnp.clip(local, 0, class_weights.size - 1), mode="clip")
     if not axis_name:
         return found
     here = is_class(local, class_weights.size)
-    return sum_over(jnp.where(here, found, jnp.zeros_like(found)), axis_name)
+    return sum_over(select(here, found, jnp.zeros_like(found)), axis_name)
 
 
 def nan_where_unknown(indices: Array, num_classes: int, unused: Array) -> Array:
@@ -174,4 +179,4 @@ def nan_where_unknown(indices: Array, num_classes: int, unused: Array) -> Array:
     """
     known = is_class(indices, num_classes) | unused
     known = check_labels(known, indices, num_classes)
-    return jnp.where(known, 1.0, jnp.nan)
+    return select(known, 1.0, jnp.nan)

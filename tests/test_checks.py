@@ -552,6 +552,83 @@ def of_every_loss(name: str, f: Callable[..., Any]) -> dict[str, Wrong]:
     return cases
 
 
+class Column:
+    """As a column of a table is: `astype` gives another, and `jnp.asarray` takes it."""
+
+    dtype, shape = np.dtype(np.int64), (2,)
+
+    def astype(self, dtype):
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(LABELS, dtype)
+
+
+ONE_HOT = np.eye(2, 3, dtype=np.int32)
+ADVICE_CASES = {
+    **{
+        f"a column of a table, {f.__name__}": Wrong(
+            lambda f=f: f(LOGITS, Column()), TypeError, name, "integers", "Column", r"jnp\.asarray\("
+        )
+        for f, name in {
+            loss: "targets",
+            jaxce.softmax_cross_entropy_with_integer_labels: "labels",
+            jaxce.diagnostics.report: "targets",
+        }.items()
+    },
+    "weights by class, in a dict": Wrong(
+        lambda: loss(class_weights={0: 1.0, 1: 2.0, 2: 3.0}),
+        TypeError,
+        "class_weights",
+        "array of real",
+        "dict",
+        r"\[class_weights\[c\] for c in range\(V\)\]",
+    ),
+    "one-hot integers in a report": Wrong(
+        lambda: jaxce.diagnostics.report(LOGITS, ONE_HOT),
+        ValueError,
+        "targets",
+        "shape",
+        "int32",
+        r"targets\.argmax\(-1\)",
+    ),
+    "one-hot integers as integer labels": Wrong(
+        lambda: jaxce.softmax_cross_entropy_with_integer_labels(LOGITS, ONE_HOT),
+        ValueError,
+        "labels",
+        "shape",
+        "int32",
+        r"go to jaxce\.softmax_cross_entropy, as floats: labels\.astype",
+    ),
+    "one distribution for all": Wrong(
+        lambda: loss(targets=np.full(3, 1 / 3, np.float32)),
+        ValueError,
+        "targets",
+        "shape",
+        "float32",
+        r"jnp\.broadcast_to\(targets, \(2, 3\)\)",
+    ),
+    "from_logits of probabilities": Wrong(
+        lambda: jaxce.cross_entropy_from_probs(PROBS, LABELS, from_logits=False),
+        TypeError,
+        "from_logits",
+        "argument of",
+        "unexpected",
+        r"logits go to jaxce\.softmax_cross_entropy",
+    ),
+    "weight of examples": Wrong(
+        lambda: jaxce.diagnostics.report(LOGITS, LABELS, weight=1.0),
+        TypeError,
+        "weight",
+        "argument of",
+        "unexpected",
+        r"Its name here is weights\.",
+    ),
+    "a longer name": Wrong(
+        lambda: loss(z_loss_weight=1e-4), TypeError, "z_loss_weight", "argument of", "unexpected", r"is z_loss\."
+    ),
+}
+
 # The same of one loss: what others call it, and what it is here.
 NAMES = {
     "weight": "class_weights",
@@ -595,6 +672,30 @@ ELSEWHERE_CASES = {
         "unexpected",
         "Use jaxce.softmax_cross_entropy, which has reduction",
     ),
+    "an option of the other linear function": Wrong(
+        lambda: jaxce.linear_log_probs(LOGITS, np.eye(3, dtype=np.float32), LABELS[:, None], reduction="mean"),
+        TypeError,
+        "reduction",
+        "argument of linear_log_probs",
+        "unexpected",
+        "Use jaxce.linear_cross_entropy, which has reduction",
+    ),
+    "a mask of tokens": Wrong(
+        lambda: jaxce.log_probs(LOGITS, LABELS[:, None], mask=LABELS > 0),
+        TypeError,
+        "mask",
+        "argument of log_probs",
+        "unexpected",
+        "where=",
+    ),
+    "ignored tokens of a teacher": Wrong(
+        lambda: jaxce.distillation_loss(LOGITS, LOGITS, ignore_index=-1),
+        TypeError,
+        "ignore_index",
+        "argument of distillation_loss",
+        "unexpected",
+        "weight 0",
+    ),
     "nothing like it": Wrong(lambda: loss(reduction="x"), ValueError, "reduction", "'none'", "'x'", "^$"),
 }
 
@@ -617,6 +718,7 @@ VMAP_CASES = {
 GROUPS = {
     **{f"every loss, {name}": of_every_loss(name, f) for name, f in LOSSES.items()},
     "elsewhere": ELSEWHERE_CASES,
+    "advice": ADVICE_CASES,
     "vmap": VMAP_CASES,
     "linear": LINEAR_CASES,
     "logits": LOGITS_CASES,
@@ -730,6 +832,18 @@ def test_labels_of_every_integer_dtype(dtype):
 @pytest.mark.parametrize("weights", [2.0, np.float32(2), np.int32(2), np.array([2]), np.array([2, 2])])
 def test_weights_of_every_dtype_and_shape(weights):
     np.testing.assert_allclose(loss(weights=weights), 2 * np.log(3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_integers_that_jax_has_no_dtype_for_are_weights(dtype):
+    """Counts of aggregated data: 2**32 is not 0, nor 3e9 below 0."""
+    z, labels = np.array([[2, 0], [0, 1]], np.float32), np.array([0, 1])
+    counts, floats = np.array([2**32, 3 * 10**9], dtype), np.float32([2**32, 3e9])
+    for option in "weights", "class_weights":
+        found, wanted = (loss(z, labels, reduction="mean", **{option: w}) for w in (counts, floats))
+        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(loss(z, labels, weights=2**32), loss(z, labels) * 2.0**32)
+    assert jaxce.diagnostics.report(z, labels, weights=counts).weight == float(floats.sum())
 
 
 def test_masks_of_bools_are_weights():

@@ -530,6 +530,10 @@ def test_resuming_gives_the_curve_of_one_run(tmp_path, no_network, console, monk
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", console, settings)
     assert checkpoints(tmp_path / "parts") == [6, 7]  # of 4 steps in each epoch
+    for flag, epochs, stop_after in ("--stop-after", 3, 1), ("--epochs", 1, None), ("--epochs", 1, 2):
+        fewer = dataclasses.replace(settings, epochs=epochs)
+        with pytest.raises(program.UsageError, match=f"^{flag}: expected at least 2"):
+            run(tmp_path / "parts", console, fewer, resume=True, stop_after=stop_after)
 
     monkeypatch.setattr(training.Trainer, "train_epoch", train_epoch)
     half = run(tmp_path / "parts", console, settings, resume=True, stop_after=2)

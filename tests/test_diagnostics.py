@@ -6,6 +6,7 @@ import json
 import math
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -498,6 +499,39 @@ def test_narrow_dtypes(rng, dtype, labels):
     narrow = jnp.asarray(logits, dtype)
     found = diagnostics.report(narrow, y)
     assert_alike(found, diagnostics.report(narrow.astype(jnp.float32), y.astype(np.int32)))
+
+
+@pytest.mark.parametrize("stacked", ["vmap", "one"])
+def test_stacked_summaries_are_merged_first(rng, stacked):
+    logits, labels = draw(rng)
+    batches = (logits[None], labels[None]) if stacked == "one" else (np.stack([logits] * 3), np.stack([labels] * 3))
+    several = jax.vmap(diagnostics.summarize)(*batches)
+    with pytest.raises(ValueError, match=r"summary: expected one Summary; got several, stacked as \(\d,\)\. Merge"):
+        diagnostics.finish(several)
+    with pytest.raises(ValueError, match="b: expected one Summary"):
+        diagnostics.merge(diagnostics.summarize(logits, labels), several)
+    each = [jax.tree.map(lambda x, i=i: x[i], several) for i in range(len(batches[0]))]
+    assert diagnostics.finish(functools.reduce(diagnostics.merge, each)).examples == len(each) * len(labels)
+
+
+def test_checkify_finds_nothing_in_what_does_not_count(rng):
+    logits, labels = draw(rng)
+    labels[::3] = -1
+
+    def summarized(logits):
+        return diagnostics.summarize(logits, labels, ignore_index=-1)
+
+    error, found = jax.jit(checkify.checkify(summarized, errors=checkify.all_checks))(logits)
+    assert error.get() is None
+    chex.assert_trees_all_equal(found, summarized(logits))
+
+
+@pytest.mark.parametrize(("accuracy", "said"), [(0.9996, "The 0.04% of wrong"), (0.98, "The 2.0% of wrong")])
+def test_small_shares_have_digits(accuracy, said):
+    wrong = round(10_000 * (1 - accuracy))
+    logits = np.tile(np.float32([9, 0]), (10_000, 1))
+    found = diagnostics.report(logits, (np.arange(10_000) < wrong).astype(int), num_costliest=1)
+    assert any(sentence.startswith(said) for sentence in found.findings)
 
 
 def test_refuses():

@@ -25,6 +25,7 @@ ORDER = [
     "jaxce.checks",
     "jaxce.types",
     "jaxce.primitives",
+    "jaxce.selection",
     "jaxce.label_check",
     "jaxce.on_cpu",
     "jaxce.serialization",

@@ -161,7 +161,7 @@ def skill(
         checks.fail(TypeError, "num_classes, priors, chance", "one of the three", "none or several")
     guess = _real("chance", chance) if chance is not None else chance_loss(num_classes, priors=priors)
     nats = _real("loss", loss)
-    dtype = jnp.promote_types(nats.dtype, guess.dtype)
+    dtype = nats.dtype if num_classes is not None else jnp.promote_types(nats.dtype, guess.dtype)
     return 1 - nats.astype(dtype) / guess.astype(dtype)
 
 

@@ -61,7 +61,12 @@ def _chance(report: Any) -> str:
         return f"No better than {how} ({beside})."
     share = beaten / guess
     degree = "Far better" if share >= 0.5 else "Better" if share >= 0.1 else "Barely better"
-    return f"{degree} than {how} ({beside}): {share:.0%} of that loss is gone."
+    return f"{degree} than {how} ({beside}): {_percent(share, 0)} of that loss is gone."
+
+
+def _percent(share: float, digits: int) -> str:
+    """With so many digits after the point; with two that are not 0 if it is less than 1 %."""
+    return f"{share:.{digits}%}" if share >= 0.01 else f"{100 * share:.2g}%"
 
 
 def _uniform(report: Any) -> bool:
@@ -83,7 +88,7 @@ def _few(report: Any) -> str:
             )
     share = report.wrong_loss * (1 - report.accuracy) / report.loss if report.accuracy < 1 and report.loss else 0
     if share >= MOST and report.accuracy > 0.5:
-        return f"The {1 - report.accuracy:.1%} of wrong predictions carry {share:.0%} of the loss."
+        return f"The {_percent(1 - report.accuracy, 1)} of wrong predictions carry {share:.0%} of the loss."
     return ""
 
 

@@ -56,11 +56,12 @@ def sums_by(index: Array, values: Array, size: int) -> Array:
     """
     (n,) = values.shape
     tables = max(-(-n // _ROWS), 1) if isinstance(n, int) else _ROWS  # as many for a symbol
-    sums = jnp.zeros((tables, size), values.dtype).at[jnp.arange(n) % tables, index].add(values, mode="drop")
+    index = jnp.where((index >= 0) & (index < size), index, size)  # a column of its own, which is cut off
+    sums = jnp.zeros((tables, size + 1), values.dtype).at[jnp.arange(n) % tables, index].add(values)
     while len(sums) > 1:
         sums = jnp.pad(sums, ((0, len(sums) % 2), (0, 0)))
         sums = sums[::2] + sums[1::2]
-    return sums[0]
+    return sums[0, :size]
 
 
 def checked(
@@ -69,11 +70,12 @@ def checked(
     """Logits, labels, weights in the working dtype, which `flat` takes; and the number that ignored labels have."""
     logits = checks.float_array("logits", logits, targets)
     checks.num_classes("logits", logits.shape[-1])
+    one_hot = "The classes of one-hot targets are targets.argmax(-1)."
     if not checks.is_integers(targets):
-        checks.not_labels("targets", targets, logits.ndim, "The classes of one-hot targets are targets.argmax(-1).")
+        checks.not_labels("targets", targets, logits.ndim, one_hot)
     targets, ignore_index = class_indices("targets", targets, ignore_index)
     batch = logits.shape[:-1]
-    checks.indices("targets", targets, batch, logits.shape)
+    checks.indices("targets", targets, batch, logits.shape, one_hot=one_hot)
     dtype = working_dtype(logits.dtype)
     weights = checks.example_weights(1.0 if weights is None else weights, batch).astype(dtype)
     weights = jnp.broadcast_to(jnp.where(weights >= 0, weights, jnp.nan), batch)

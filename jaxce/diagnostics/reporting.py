@@ -13,7 +13,7 @@ import numpy as np
 from jaxce import checks
 from jaxce.diagnostics import plots
 from jaxce.diagnostics.findings import findings
-from jaxce.diagnostics.summary import LOSS_EDGES, Summary, summarize
+from jaxce.diagnostics.summary import LOSS_EDGES, Summary, check_one, summarize
 from jaxce.types import ArrayLike, takes_variables
 
 LISTED_CLASSES = 10  # in the printed table; `per_class` has them all
@@ -181,7 +181,8 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
 
     Raises:
       TypeError: inside of a transformation.
-      ValueError: no example counts, or 2³¹ or more; the names are not as many as the classes.
+      ValueError: no example counts, or 2³¹ or more; several summaries, stacked; the names are not as many as the
+        classes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -196,6 +197,7 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(summary)):
         hint = "Return the summary from the function that is compiled, and finish it outside."
         checks.fail(TypeError, "summary", "numbers", "a traced summary", hint)
+    check_one("summary", summary)
     s: Any = jax.tree.map(np.asarray, summary)
     s = jax.tree.map(lambda x: x.astype(np.float64) if np.issubdtype(x.dtype, np.floating) else x, s)
     if s.seen < 0:

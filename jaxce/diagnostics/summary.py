@@ -188,7 +188,7 @@ def _summarize(
         wrong_histogram=histogram(~right),
         probability_rows=jnp.sum(made.used & _like_probabilities(logits), dtype=jnp.int32),
         calibration=binned(made, num_bins),
-        unattributed=made.total(jnp.where(made.label < num_classes, 0, jnp.nan)),
+        unattributed=made.total(jnp.where(made.used & (made.label >= num_classes), jnp.nan, 0)),
         costliest=_costliest(made, num_costliest),
     )
 
@@ -223,7 +223,7 @@ def merge(a: Summary, b: Summary) -> Summary:
       A `Summary`. The indices of the costliest examples of `b` go on from the number of examples in `a`.
 
     Raises:
-      ValueError: the two do not have the same shapes.
+      ValueError: the two do not have the same shapes, or are several, stacked.
 
     Example:
       >>> import functools, jax.numpy as jnp
@@ -233,14 +233,25 @@ def merge(a: Summary, b: Summary) -> Summary:
       9
 
     Note:
-      Associative, up to the rounding of sums.
+      Associative, up to the rounding of sums. In a `lax.scan` carry the summary and merge into it. Summaries that were
+      stacked, by `jax.vmap`, `lax.map` or `multihost_utils.process_allgather`, are merged one after the other; a
+      `psum` would add up the numbers of the costliest examples too.
     """
+    for name, summary in ("a", a), ("b", b):
+        check_one(name, summary)
     shapes = [jax.tree.map(jnp.shape, s) for s in (a, b)]
     if shapes[0] != shapes[1]:
         hint = "Summarize every batch with the same number of classes, top_k, num_bins and num_costliest."
         checks.fail(ValueError, "b", "a Summary shaped as a", f"{shapes[1]} beside {shapes[0]}", hint)
     both: Summary = _merge(a, b)
     return both
+
+
+def check_one(name: str, summary: Summary) -> None:
+    if shape := jnp.shape(summary.seen):
+        each = f"jax.tree.map(lambda x: x[i], {name})"
+        hint = f"Merge them: functools.reduce(merge, [{each} for i in range({shape[0]})])."
+        checks.fail(ValueError, name, "one Summary", f"several, stacked as {shape}", hint)
 
 
 @jax.jit

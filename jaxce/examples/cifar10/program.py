@@ -64,8 +64,9 @@ def run(
     rows = progress.rows
     last = min(settings.epochs, stop_after or settings.epochs)
     if progress.losses and len(rows) >= last:
+        flag = "--epochs" if settings.epochs == last else "--stop-after"
         raise UsageError(
-            f"--stop-after: expected at least {len(rows) + 1}, the epoch in which the checkpoint is, got {last}."
+            f"{flag}: expected at least {len(rows) + 1}, the epoch in which the checkpoint is, got {last}."
         )
 
     def save() -> None:
