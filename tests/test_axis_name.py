@@ -429,20 +429,38 @@ def test_dense_losses_beside_what_was_gathered_over_the_devices_of_the_classes(r
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["dense", "linear divergence", "linear"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "log-probabilities", "divergence", "divergence from some classes"])
 def test_tokens_that_nobody_gathered_are_nan(rng, loss):
+    """Hidden states that only one token has alike on all devices; the labels are, and tell nothing."""
+    h, k, labels = rng.normal(size=(8, 3)), rng.normal(size=(3, 8)), rng.integers(0, 8, 2)
+    h[1::2] = h[1]
+
+    def local(h, k, labels):
+        if loss == "cross-entropy":
+            return linear_cross_entropy(h, k, labels, axis_name="v")
+        if loss == "log-probabilities":
+            return jaxce.linear_log_probs(h, k, labels, axis_name="v")
+        if loss == "divergence":
+            return jaxce.linear_distillation_loss(h, k, jnp.ones((2, 3)), jnp.cos(k), axis_name="v")
+        teacher = SparseTargets(labels[:, None], jnp.ones((2, 1)))
+        return jaxce.linear_distillation_loss(h, k, teacher, axis_name="v")
+
+    split = jax.shard_map(local, mesh=mesh_of(4), in_specs=(P("v"), P(None, "v"), P()), out_specs=P())
+    found = jax.jit(split)(h.astype(np.float32), k.astype(np.float32), labels)
+    np.testing.assert_array_equal(np.isfinite(found), [False, True])
+
+
+@pytest.mark.parametrize("loss", ["dense", "linear"])
+def test_labels_that_nobody_gathered_are_nan(rng, loss):
     h, k, labels = rng.normal(size=(8, 3)), rng.normal(size=(3, 8)), rng.integers(0, 8, 8)
 
     def local(h, k, labels):
         if loss == "dense":
             return softmax_cross_entropy(h @ k, labels, axis_name="v", reduction="mean")
-        if loss == "linear":
-            return linear_cross_entropy(h, k, labels, axis_name="v", reduction="mean")
-        return jaxce.linear_distillation_loss(h, k, jnp.sin(h), jnp.cos(k), axis_name="v", reduction="mean")
+        return linear_cross_entropy(h, k, labels, axis_name="v", reduction="mean")
 
     split = jax.shard_map(local, mesh=mesh_of(4), in_specs=(P("v"), P(None, "v"), P("v")), out_specs=P())
-    given = h.astype(np.float32), k.astype(np.float32), labels
-    assert np.isnan(jax.jit(split)(*given))
+    assert np.isnan(jax.jit(split)(h.astype(np.float32), k.astype(np.float32), labels))
 
 
 @pytest.mark.parametrize("loss", ["dense", "linear"])

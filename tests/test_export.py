@@ -195,36 +195,39 @@ def test_plans_for_other_platforms():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("out", [None, "ignore_index", "where"])
-def test_what_a_mode_keeps_for_the_backward_pass(out):
+@pytest.mark.parametrize("given", ["labels", "ignored labels", "mask", "narrow probabilities and class weights"])
+@pytest.mark.parametrize(("n", "d", "v", "tight"), [(64, 16, 1024, 300_000), (2048, 64, 256, 4_000_000)])
+def test_what_a_mode_keeps_for_the_backward_pass(given, n, d, v, tight):
     """As a scan over batches shows: that much more memory for each step, where the gradient is taken from outside."""
-    n, d, v = 64, 16, 1024
-    kernel = jax.ShapeDtypeStruct((d, v), jnp.float32)
-    options = {"ignore_index": -1} if out == "ignore_index" else {}
-    mask = jax.ShapeDtypeStruct((1, v), jnp.bool_) if out == "where" else None
+    options = {"reduction": "sum"} | ({"ignore_index": -1} if given == "ignored labels" else {})
+    targets, size = jax.ShapeDtypeStruct((n,), jnp.int32), 4 * n
+    arrays = {"where": jax.ShapeDtypeStruct((1, v), jnp.bool_)} if given == "mask" else {}
+    if "probabilities" in given:
+        targets, size = jax.ShapeDtypeStruct((n, v), jnp.bfloat16), 2 * n * v
+        arrays = {"class_weights": jax.ShapeDtypeStruct((v,), jnp.float32)}
+    hidden, kernel = jax.ShapeDtypeStruct((n, d), jnp.float32), jax.ShapeDtypeStruct((d, v), jnp.float32)
 
-    def memory(mode, steps, budget):
-        given = options | {"reduction": "sum", "mode": mode, "memory_budget": budget}
-
-        def total(k, h, y, where):
+    def memory(steps, **mode):
+        def total(k, batches, arrays):
             def step(total, x):
-                return total + jaxce.linear_cross_entropy(x[0], k, x[1], where=where, **given), None
+                return total + jaxce.linear_cross_entropy(x[0], k, x[1], **arrays, **options, **mode), None
 
-            return jax.lax.scan(step, 0.0, (h, y))[0]
+            return jax.lax.scan(step, 0.0, batches)[0]
 
-        batches = jax.ShapeDtypeStruct((steps, n, d), jnp.float32), jax.ShapeDtypeStruct((steps, n), jnp.int32)
-        step = jax.jit(jax.grad(total, (0, 1)))
-        return step.lower(kernel, *batches, mask).compile().memory_analysis().temp_size_in_bytes
+        batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct((steps, *x.shape), x.dtype), (hidden, targets))
+        step = jax.jit(jax.grad(lambda k, h, y, arrays: total(k, (h, y), arrays), (0, 1)))
+        return step.lower(kernel, *batches, arrays).compile().memory_analysis().temp_size_in_bytes
 
-    arrays = jax.ShapeDtypeStruct((n, d), jnp.float32), kernel, jax.ShapeDtypeStruct((n,), jnp.int32)
-    for mode, budget in ("store", 300_000), ("store", None), ("recompute", None):
-        given = options | {"reduction": "sum", "mode": mode, "memory_budget": budget}
-        plan = jaxce.plan_linear_cross_entropy(*arrays, where=mask, **given)
-        growth = (memory(mode, 40, budget) - memory(mode, 8, budget)) / 32
-        arguments = 4 * n * (d + 1)  # of each step: a scan keeps them as well
+    modes = ("store", tight), ("store", None), ("recompute", None)
+    for mode in [{"mode": mode, "memory_budget": budget} for mode, budget in modes]:
+        if mode["mode"] == "store" and "probabilities" in given:
+            continue  # which keeps their gradient
+        plan = jaxce.plan_linear_cross_entropy(hidden, kernel, targets, **arrays, **options, **mode)
+        growth = (memory(40, **mode) - memory(8, **mode)) / 32
+        arguments = 4 * n * d + size  # of each step: a scan keeps them as well
         assert 0.9 * plan.kept_bytes <= growth <= 1.2 * (plan.kept_bytes + arguments)
-        several = plan.mode == "store" and plan.block_n < n
-        assert (plan.kept_bytes > 4 * d * v) == several
+        if n < v and "probabilities" not in given:
+            assert (plan.kept_bytes > 4 * d * v) == (plan.mode == "store" and plan.block_n < n)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])

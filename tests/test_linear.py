@@ -887,12 +887,38 @@ def test_tokens_are_moved_only_where_blocks_may_be_left_out(rng):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_precision_reaches_every_matmul(rng, mode):
+@pytest.mark.parametrize("how", ["argument", "where the loss is called"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "log-probabilities", "divergence", "divergence from some classes"])
+def test_precision_reaches_every_matmul(rng, loss, how, mode):
+    """Those of the gradient too, which is traced when the context around the loss has been left."""
     args = arguments(rng)
+    hidden, kernel, labels = args["hidden"], args["kernel"], args["targets"]
+    given = {"precision": "highest"} if how == "argument" else {}
+    teacher = SparseTargets(labels[:, None], np.ones((N, 1), np.float32))
+
+    def of_labels(h, k):
+        log_p, aux = jaxce.linear_log_probs(h, k, labels, return_aux=True, **given)
+        return jnp.sum(log_p * aux.entropy)
+
+    calls = {
+        "cross-entropy": lambda h, k: fused({**args, "hidden": h, "kernel": k}, reduction="mean", **given),
+        "log-probabilities": of_labels,
+        "divergence": lambda h, k: jaxce.linear_distillation_loss(
+            h, k, hidden, kernel, reduction="mean", mode=mode, **given
+        ),
+        "divergence from some classes": lambda h, k: jaxce.linear_distillation_loss(
+            h, k, teacher, reduction="mean", **given
+        ),
+    }
+
+    def called(h, k):
+        with jax.default_matmul_precision("highest") if how != "argument" else contextlib.nullcontext():
+            return calls[loss](h, k)
+
     with blocks(mode):
-        jaxpr = traced(fused, args, reduction="mean", precision="highest")
+        jaxpr = jax.make_jaxpr(jax.grad(called, (0, 1)))(hidden, kernel).jaxpr
     found = [eqn.params["precision"] for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
-    assert found
+    assert len(found) > 2
     assert all(p == (jax.lax.Precision.HIGHEST,) * 2 for p in found)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import jaxce
 from jaxce import SparseTargets, linear_cross_entropy, plan_linear_cross_entropy
-from jaxce.linear import costs
+from jaxce.linear import chips, costs
 from jaxce.linear import plan as plans
 from jaxce.versions import BFLOAT16_ON_CPU
 from tests.pairwise import pairwise
@@ -411,6 +411,18 @@ def test_sizes_go_down_to_one(length):
     assert sizes == sorted(set(sizes), reverse=True)
     assert sizes[0] <= min(length, 1024)
     assert sizes[-1] == 1
+
+
+def test_a_platform_by_name_and_one_that_nobody_knows(monkeypatch):
+    with jax.default_device("cpu"):
+        assert chips.chip() == ("cpu", jax.devices()[0].device_kind)
+    monkeypatch.setattr(chips, "platform_of", lambda device: "other")
+    assert chips.chip()[0] == "gpu"  # what it compiles
+
+
+def test_plain_jax_has_no_plan():
+    with pytest.raises(ValueError, match=r"implementation: expected 'xla' or 'pallas_tpu'.*It holds all the logits"):
+        plan_linear_cross_entropy(*shapes(8, 4, 10), implementation="autodiff")
 
 
 def test_it_prints():

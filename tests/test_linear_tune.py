@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,18 @@ def test_what_runs_out_of_memory_is_left_out(timed_as):
         timed_as(lambda i, _: "out of memory")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         timed_as(lambda i, _: Program(0.01, "INTERNAL: a fault"))
+
+
+def test_memory_that_runs_out_for_those_that_led(timed_as):
+    """What was slower is left."""
+
+    class Once(Program):
+        def __call__(self, *_):
+            super().__call__()
+            self.fails = "RESOURCE_EXHAUSTED: later"
+
+    plan, found = timed_as(lambda i, _: Once(0.1) if i else 0.2)
+    assert blocks_of(plan) == blocks_of(found[0])
 
 
 def test_a_budget(timed_as):
@@ -210,6 +223,19 @@ def test_as_text(timed_as):
     for text in (None, {"mode": "store"}, b"", "", "[]", "{}", plan.to_json().replace("mode", "made", 1)):
         with pytest.raises(ValueError, match=r"^text: expected what LinearPlan.to_json returned; got"):
             LinearPlan.from_json(text)
+
+
+def test_it_is_refused_inside_of_jit():
+    """Where random numbers are tracers."""
+    with pytest.raises(TypeError, match="Tune outside of jit"):
+        jax.make_jaxpr(lambda: jnp.int32(tune_linear_cross_entropy(*SHAPES, reduction="mean").block_v))()
+
+
+@pytest.mark.parametrize("change", [{"mode": "later"}, {"block_v": 0}, {"block_n": -1}, {"block_v": "8"}])
+def test_plans_of_another_version_are_refused(change):
+    fields = json.loads(plan_linear_cross_entropy(*SHAPES).to_json()) | change
+    with pytest.raises(ValueError, match="Make a new one"):
+        LinearPlan.from_json(json.dumps(fields))
 
 
 def test_messages():

@@ -254,6 +254,8 @@ def plan_linear_cross_entropy(
       from a model, `jaxce.linear.costs`.
     """
     checks.one_of("platform", platform, (None, *plans.PLATFORMS))
+    if options.get("implementation") == "autodiff":
+        checks.fail(ValueError, "implementation", "'xla' or 'pallas_tpu'", "'autodiff'", "It holds all the logits.")
     given = {"hidden": hidden, "kernel": kernel, "targets": targets, "return_aux": return_aux, **options}
     problem = problem_of(**given, platform=platform)
     mode, memory_budget = options.get("mode"), options.get("memory_budget")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -18,7 +19,8 @@ from jaxce.linear import blocks, mesh, pallas_tpu
 from jaxce.linear import plan as plans
 from jaxce.linear.costs import Problem
 from jaxce.linear.plan import LinearPlan
-from jaxce.sharding import vary
+from jaxce.selection import select
+from jaxce.sharding import alike, vary, varying
 from jaxce.stats import matmul_dtype, working_dtype
 from jaxce.types import LinearImplementation
 
@@ -81,10 +83,16 @@ def checked_linear(
         mask_broadcast=any(n != 1 for n in of_tokens) and of_tokens != batch and of_classes != 1,
         narrow_probs=narrow_probs,
     )
+    precision = chosen_precision(precision)
     if constants.implementation == "pallas_tpu":
         pallas_tpu.check(problem, precision)
     schedules = plans.make_schedules(problem, vocab_axis, precision, mode, memory_budget, plan, platform)
     return projection, examples, shared, constants, schedules, problem
+
+
+def chosen_precision(precision: Any) -> Any:
+    """What `jax.default_matmul_precision` says where the loss is called: its gradient may be traced elsewhere."""
+    return jax.config.jax_default_matmul_precision if precision is None else precision  # type: ignore[attr-defined]
 
 
 def checked_projection(
@@ -160,7 +168,8 @@ class Prepared(NamedTuple):
 def prepared(
     schedules: blocks.Schedules, options: Options, projection: Projection, examples: Examples, shared: Shared
 ) -> Prepared:
-    hidden, kernel, _ = projection
+    _, kernel, _ = projection
+    hidden = nan_unless_gathered(options, projection.hidden)
     examples, shared = alike_on_devices(options, examples, shared)
     shape = (*hidden.shape[:-1], kernel.shape[schedules[0].vocab_axis])
     classes = blocks.participating(examples.where, shape, schedules[0].forward_v, options.axis_name)
@@ -170,6 +179,17 @@ def prepared(
     examples = usable_temperature(options, examples, counts)
     projection, examples, shared = mesh.vary_by_kind(options, projection, examples, shared)
     return Prepared(projection, examples, shared, vary(counts, mesh.row_axes(options, projection, examples, shared)))
+
+
+def nan_unless_gathered(options: Options, hidden: Array) -> Array:
+    """NaN in place of tokens that are not the same on all devices of the classes, as they have to be.
+
+    Those that were gathered cannot be told from those that were not by their types, but by what they hold.
+    """
+    if not set(options.axis_name) & varying(hidden):
+        return hidden
+    sums = alike(lax.stop_gradient(jnp.sum(hidden, -1, dtype=working_dtype(hidden.dtype))), options.axis_name)
+    return select(jnp.isnan(sums)[..., None], jnp.full_like(hidden, jnp.nan), hidden)
 
 
 def of_rows(hidden: Array, dtype: DTypeLike, options: Options) -> Array:
@@ -190,4 +210,4 @@ def _without_unused_of(options: Options, hidden: Array, examples: Examples, shar
 
 
 def without_unused(unused: Array, hidden: Array) -> Array:
-    return jnp.where(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros_like(hidden), hidden)
+    return select(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros_like(hidden), hidden)

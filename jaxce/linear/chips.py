@@ -22,10 +22,16 @@ from jaxce.versions import platform_of
 
 
 def chip() -> tuple[str, str]:
-    """Platform and kind of the device that this process runs programs on, or says it traces them for."""
+    """Platform and kind of the device that this process runs programs on, or says it traces them for.
+
+    Platforms that are not known compile what GPUs do, which is the default of `lax.platform_dependent` here.
+    """
     default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
     device = jax.sharding.get_abstract_mesh().abstract_device or default or jax.devices()[0]
-    return (device, "") if isinstance(device, str) else (platform_of(device), device.device_kind)
+    if isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    platform = platform_of(device)
+    return platform if platform in ("cpu", "tpu") else "gpu", device.device_kind
 
 
 def kind_of(platform: str) -> str:

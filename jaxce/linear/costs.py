@@ -102,10 +102,13 @@ def record_bytes(p: Problem) -> int:
     return p.N * (terms + (p.entries or 2)) * p.working.itemsize
 
 
-def cleaned_bytes(p: Problem) -> int:
-    """Where tokens may be unused: the hidden states without what is not finite in those, and where that is."""
+def cleaned_bytes(p: Problem, of_each: int) -> int:
+    """Of each number of the hidden states, where tokens may be unused: of what is not finite there they are cleaned.
+
+    For the gradient it is kept where that was, a byte, and for a second pass what was made of them.
+    """
     some = p.weights or p.class_weights or p.mask or p.options.ignore_index is not None
-    return some * p.N * p.D * (p.hidden.itemsize + 1)
+    return some * p.N * p.D * of_each
 
 
 # --- time on a GPU ----------------------------------------------------------------------------------------------------

@@ -39,13 +39,20 @@ from jaxce.distillation import (
 from jaxce.divergence import Models, Side, Sums, side_of
 from jaxce.layout import alike_on_devices
 from jaxce.linear import VocabAxis, blocks, costs, mesh
-from jaxce.linear.arguments import check_mode, checked_projection, of_rows, without_unused
+from jaxce.linear.arguments import (
+    check_mode,
+    checked_projection,
+    chosen_precision,
+    nan_unless_gathered,
+    of_rows,
+    without_unused,
+)
 from jaxce.linear.blocks import Schedule, by_platform, gradients, logits, over_blocks, put, put_or_add, take
 from jaxce.linear.log_probabilities import linear_log_probs
 from jaxce.linear.store import only_asked, scaled, those_asked
 from jaxce.log_probabilities import LogProbsAux
 from jaxce.reverse_mode import reverse_mode_only
-from jaxce.sharding import alike, explicit_mesh, sum_like, sum_over, vary, varying
+from jaxce.sharding import explicit_mesh, sum_like, sum_over, vary, varying
 from jaxce.stats import RowStats, finite, matmul_dtype, merge, merge_shards, working_dtype
 from jaxce.sums import Rows, row_stats
 from jaxce.targets import SparseTargets, Targets
@@ -379,9 +386,10 @@ def linear_distillation_loss(
       mode: `"store"` goes through blocks of tokens and computes the gradients along with the loss, two products for the
         logits and two for the gradients; it is for losses that are one number (`reduction` not "none"), and holds the
         logits of one block of tokens with the whole vocabulary. `"recompute"` goes through blocks of the vocabulary,
-        computes the logits of both models three times, and keeps a few numbers per token, where "store" keeps the
-        gradients: `jax.lax.scan` over batches keeps them for every step if its gradient is taken from outside. None:
-        "store" for one number, but on TPU.
+        computes the logits of both models three times, and keeps a few numbers per token (and the hidden states of
+        both models once more, if tokens may be left out), where "store" keeps the gradients: `jax.lax.scan` over
+        batches keeps them for every step if its gradient is taken from outside. None: "store" for one number, but on
+        TPU.
       precision: of the matmuls, as in `jax.lax.dot_general`.
       tail: for a teacher of K classes, as in `jaxce.distillation_loss`.
 
@@ -510,6 +518,7 @@ def _checked(
         checks.split_over(f"{prefix}kernel", model.kernel, of.options.axis_name, "classes")
         checks.split_over(f"{prefix}hidden", model.hidden, of.options.batch_axis_name, "tokens")
     check_mode(mode, None, of.options)
+    precision = chosen_precision(precision)
     narrow = student.kernel.dtype.itemsize < 4
     plans = _plans(math.prod(batch), V, narrow, (own_axis, other_axis), precision, mode, of.options.reduction)
     return models, examples, of, plans
@@ -540,7 +549,7 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
     examples, _ = alike_on_devices(options, examples, Shared())
     classes = blocks.participating(examples.where, (*batch, V), plans[0].student.forward_v, options.axis_name)
     like = of_rows(models.student.hidden, _working(models), options)
-    examples = _nan_unless_gathered(options, models, examples, like)
+    models = Models(*(m._replace(hidden=nan_unless_gathered(options, m.hidden)) for m in models))
     counts = who_counts(options, examples, Shared(), like, classes)
     examples = usable_temperature(options, examples, counts)
     teacher = jax.tree.map(lax.stop_gradient, models.teacher)
@@ -560,20 +569,6 @@ def _loss(models: Models[Projection], examples: Examples, *, of: Distillation, p
     weights = (counts.weight / divisor).reshape(math.prod(batch))
     total = _weighted_sum(plans, of, *reverse_mode_only((tokens, weights)))
     return mean_or_0(sum_over(total, options.batch_axis_name), nothing)
-
-
-def _nan_unless_gathered(options: Options, models: Models[Projection], examples: Examples, like: Array) -> Examples:
-    """A weight of NaN for tokens that are not the same on all devices of the classes, as they have to be.
-
-    Those that were gathered cannot be told from those that were not by their types, but by what they hold.
-    """
-    weights = examples.weights
-    for hidden in (m.hidden for m in models):
-        if set(options.axis_name) & varying(hidden):
-            sums = alike(lax.stop_gradient(jnp.sum(hidden, -1)).astype(like.dtype), options.axis_name)
-            weights = jnp.ones_like(like) if weights is None else jnp.broadcast_to(weights, like.shape)
-            weights = jnp.where(jnp.isnan(sums) & (weights != 0), jnp.nan, weights)
-    return examples._replace(weights=weights)
 
 
 def _varied(

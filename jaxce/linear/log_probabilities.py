@@ -105,7 +105,8 @@ def linear_log_probs(
       implementation: `"autodiff"` is plain JAX for forward mode (jvp, jacfwd, linearize), and does hold the logits.
         `"pallas_tpu"` asks for kernels on TPU, not yet run on one, as in `jaxce.linear_cross_entropy`; not with
         `return_aux`.
-      mode: only `"recompute"` of `jaxce.linear_cross_entropy` gives a number per token.
+      mode: only `"recompute"` of `jaxce.linear_cross_entropy` gives a number per token. It keeps a few numbers for each
+        (and the hidden states once more, if tokens may be left out).
       memory_budget, precision: as in `jaxce.linear_cross_entropy`.
 
     Returns:

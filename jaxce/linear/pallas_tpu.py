@@ -19,6 +19,7 @@ classes at the end that fill no block go the way of `jaxce.linear.vocabulary`, a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
@@ -527,7 +528,6 @@ def check(p: Problem, precision: Any) -> None:
 
     if p.matmul not in (jnp.bfloat16, jnp.float32):
         refuse("hidden", "bfloat16 or float32, like the kernel,", f"{p.hidden} and {p.kernel}")
-    precision = precision or jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     if p.matmul == jnp.float32 and precision not in (None, "default", lax.Precision.DEFAULT):
         refuse("precision", "None of float32", repr(precision))
     if p.entries is None:
@@ -600,11 +600,14 @@ def blocks(p: Problem, platform: str, scale: int) -> list[tuple[int, int]]:
 def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
     found = kernels(p, chips.kind_of(platform))
     assert found is not None
-    length = _filled_up(p.N, block_n, found.resident)
-    dhidden = 0 if found.resident else 4 * found.chip.cores * length * p.D
+    cores, length = found.chip.cores, _filled_up(p.N, block_n, found.resident)
+    on_chip = found.resident and _rounds(p.options, p.V, block_v, cores)
+    dhidden = 0 if on_chip else 4 * cores * length * p.D
     padded = (length > p.N) * length * p.D * p.hidden.itemsize
-    return dhidden + padded + costs.row_bytes(p, platform)
+    left = p.V % (block_v * cores)  # of the classes, for which there is no kernel
+    rest = costs.block_bytes(dataclasses.replace(p, V=left), platform, p.N, min(block_v, left)) if left else 0
+    return dhidden + padded + rest + costs.row_bytes(p, platform)
 
 
 def kept_bytes(p: Problem, block_n: int, block_v: int) -> int:
-    return costs.record_bytes(p) + costs.cleaned_bytes(p)
+    return costs.record_bytes(p) + costs.cleaned_bytes(p, 1 + p.hidden.itemsize)

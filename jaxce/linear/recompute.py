@@ -146,7 +146,8 @@ def temp_bytes(p: Problem, platform: str, block_n: int, block_v: int) -> int:
 
 
 def kept_bytes(p: Problem, block_n: int, block_v: int) -> int:
-    return costs.record_bytes(p) + costs.cleaned_bytes(p)
+    wide_probs = p.N * p.V * p.working.itemsize if p.narrow_probs and p.class_weights else 0
+    return costs.record_bytes(p) + costs.cleaned_bytes(p, 1 + p.hidden.itemsize) + wide_probs
 
 
 def gpu_cost(p: Problem, block_n: int, block_v: int, card: Gpu) -> costs.Cost:

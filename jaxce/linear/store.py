@@ -417,7 +417,7 @@ def kept_bytes(p: Problem, block_n: int, block_v: int) -> int:
     if costs.in_one(p, block_n, block_v):
         return recompute.kept_bytes(p, block_n, block_v)
     per_class = p.D + p.class_weights + (p.N if p.entries is None else 0)
-    return (p.N * p.D + p.V * per_class) * p.working.itemsize
+    return (p.N * p.D + p.V * per_class) * p.working.itemsize + costs.cleaned_bytes(p, 1)
 
 
 def gpu_cost(p: Problem, block_n: int, block_v: int, card: Gpu) -> costs.Cost:

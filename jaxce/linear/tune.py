@@ -76,6 +76,8 @@ def tune_linear_cross_entropy(
 
     Note:
       Timings are of loss and gradient alone; within a training step what else the program does may change the order.
+      Without a `memory_budget` the fastest plan may take as much memory as the logits; `print` says how much.
+      With several processes tune in one, and give the others its plan (`to_json`): all must compile the same program.
     """
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float, np.number)) or not seconds > 0:
         checks.fail(ValueError, "seconds", "a number above 0", checks.describe(seconds))
@@ -86,8 +88,7 @@ def tune_linear_cross_entropy(
         if arguments.get(name) is not None:
             hint = "Tune with what one device gets, and use the plan inside the shard_map."
             checks.fail(ValueError, name, "None", repr(arguments[name]), hint)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
-        checks.fail(TypeError, "hidden", "arrays or jax.ShapeDtypeStruct", "a tracer", "Tune outside of jit.")
+    _check_not_traced(arguments)
     for name, x in ("hidden", hidden), ("kernel", kernel):
         if explicit_mesh(x) is not None and any(axis is not None for axis in spec_of(x)):
             hint = "Tune with arrays of the size that one device gets; the plan is for each of them."
@@ -97,6 +98,7 @@ def tune_linear_cross_entropy(
     default = found[0]
     arrays, constants = arrays_and_constants(arguments)
     rest = _made(arrays, problem)
+    _check_not_traced(rest)  # as random numbers are inside of jit
     given = {name: rest.pop(name) for name in ("hidden", "kernel")}, rest
     notes: dict[LinearPlan, str] = {}
 
@@ -129,7 +131,7 @@ def tune_linear_cross_entropy(
         checks.fail(ValueError, "hidden", "arguments of which one plan can run here", reasons, "Try fewer tokens.")
     medians = {plan: float(np.median(values)) for plan, values in times.items()}
     in_race = [plan for plan in times if plan not in notes]
-    best = min(in_race, key=medians.__getitem__)
+    best = min(in_race or times, key=medians.__getitem__)  # all of them, if memory ran out for those that led
     if default in in_race and medians[default] <= _NOISE * medians[best]:
         best = default
     timings = [
@@ -137,6 +139,11 @@ def tune_linear_cross_entropy(
     ]
     timings.sort(key=lambda t: (t.seconds is None, bool(t.note), t.seconds or 0))
     return dataclasses.replace(best, timings=tuple(timings))
+
+
+def _check_not_traced(arrays: dict[str, Any]) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
+        checks.fail(TypeError, "hidden", "arrays or jax.ShapeDtypeStruct", "a tracer", "Tune outside of jit.")
 
 
 def _made(arrays: dict[str, Any], problem: Problem) -> dict[str, Any]:
