@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
+from jaxce.selection import select
 from jaxce.sharding import AxisNames, sum_over
 from jaxce.stats import Terms, shift, tempered, working_dtype
 
@@ -22,15 +23,15 @@ def terms(options: Options, logits: Array, examples: Examples, shared: Shared) -
     z = logits.astype(working_dtype(logits.dtype))
     if where is not None:
         where = jnp.broadcast_to(where, logits.shape)
-        z = jnp.where(where, z, 0)  # a masked logit may be NaN, where a tanh has no derivative
+        z = select(where, z, 0)  # a masked logit may be NaN, where a tanh has no derivative
     if options.logit_softcap is not None:
         z = options.logit_softcap * jnp.tanh(z / options.logit_softcap)
     if examples.temperature is not None:
         offset = None if examples.offset is None else examples.offset[..., None]
         z = tempered(z, examples.temperature[..., None], offset)
-    z = z + jnp.where(z == jnp.inf, jnp.nan, 0)
+    z = z + select(z == jnp.inf, jnp.nan, 0)
     if where is not None:
-        z = jnp.where(where, z, -jnp.inf)
+        z = select(where, z, -jnp.inf)
     if probs is not None and class_weights is not None:
         probs = probs * jnp.broadcast_to(class_weights, probs.shape)
 
@@ -60,7 +61,7 @@ def _row_terms(
     smoothing = entropy = None
     if options.label_smoothing:
         v = jnp.ones_like(z) if v is None else v
-        smoothing = _expectation(v if where is None else jnp.where(where, v, 0), surprise, axes)
+        smoothing = _expectation(v if where is None else select(where, v, 0), surprise, axes)
     if options.return_aux:
         entropy = _expectation(p, jnp.minimum(surprise, 1e4), axes)  # at which p is 0, and no more than times its slope
     tail = _log_mass_outside(z, z_max + log_sum, indices, axes) if options.tail and indices is not None else None
@@ -69,11 +70,11 @@ def _row_terms(
 
 def _log_mass_outside(z: Array, log_normalizer: Array, indices: Array, axes: AxisNames) -> Array:
     hits = jax.vmap(lambda index: jnp.arange(z.size, dtype=index.dtype) == index)(indices)
-    z = jnp.where(jnp.any(hits, 0), -jnp.inf, z)
+    z = select(jnp.any(hits, 0), -jnp.inf, z)
     maximum = lax.stop_gradient(jnp.max(z))
     maximum = shift(lax.pmax(maximum, axes) if axes else maximum)
     total = sum_over(jnp.sum(jnp.exp(z - maximum)), axes)
-    log_total = jnp.where(total == 0, -jnp.inf, jnp.log(jnp.where(total == 0, 1, total)))
+    log_total = select(total == 0, -jnp.inf, jnp.log(select(total == 0, 1, total)))
     return (maximum - log_normalizer) + log_total
 
 
@@ -85,23 +86,23 @@ def log_sum_exp(d: Array, axes: AxisNames) -> Array:
     """
     near = d > -0.5
     count = sum_over(jnp.sum(near.astype(d.dtype), -1), axes)
-    apart = sum_over(jnp.sum(jnp.where(near, jnp.expm1(jnp.where(near, d, 0)), jnp.exp(d)), -1), axes)
+    apart = sum_over(jnp.sum(select(near, jnp.expm1(select(near, d, 0)), jnp.exp(d)), -1), axes)
     return jnp.log1p(apart + (count - 1))
 
 
 def _index_loss(z: Array, z_max: Array, index: Array, surprise: Array, axes: AxisNames) -> Array:
     """−log p of one class: log1p of the other classes' odds if it is the most likely one, where p is near 1."""
     target = jnp.arange(z.size, dtype=index.dtype) == index
-    z_y = sum_over(jnp.sum(jnp.where(target, z, 0)), axes)
+    z_y = sum_over(jnp.sum(select(target, z, 0)), axes)
     likely = z_y >= z_max
-    odds = jnp.where(target, 0, jnp.exp(jnp.where(likely & ~target, z - z_y, 0)))
+    odds = select(target, 0, jnp.exp(select(likely & ~target, z - z_y, 0)))
     found, odds, of_target, anything = sum_over(
-        (jnp.sum(target), jnp.sum(odds), jnp.sum(jnp.where(target, surprise, 0)), jnp.sum(z)), axes
+        (jnp.sum(target), jnp.sum(odds), jnp.sum(select(target, surprise, 0)), jnp.sum(z)), axes
     )
     # A label that is no class: something that depends on the whole row, for the caller's NaN to spread over.
-    return jnp.where(found > 0, jnp.where(likely, jnp.log1p(odds), of_target), anything)
+    return select(found > 0, select(likely, jnp.log1p(odds), of_target), anything)
 
 
 def _expectation(weights: Array, x: Array, axes: AxisNames) -> Array:
     """Σ weights·x, where a weight of 0 takes away what is not finite."""
-    return sum_over(jnp.sum(weights * jnp.where((weights == 0) & ~jnp.isfinite(x), 0, x)), axes)
+    return sum_over(jnp.sum(weights * select((weights == 0) & ~jnp.isfinite(x), 0, x)), axes)

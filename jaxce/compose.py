@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.reverse_mode import jvp
+from jaxce.selection import select
 from jaxce.serialization import serializable
 from jaxce.sharding import explicitly_sharded, sum_over
 from jaxce.stats import Terms, times
@@ -74,13 +75,13 @@ def who_counts(
     weight = jnp.ones_like(like)
     if examples.weights is not None:
         weight = weight * jnp.broadcast_to(examples.weights, like.shape)
-    weight = jnp.where(counted, weight, jnp.zeros_like(weight))
+    weight = select(counted, weight, jnp.zeros_like(weight))
     unused = ~counted if examples.weights is None else weight == 0
     counts = Counts(classes, counted, weight, unused)
     if shared.class_weights is not None:
         of_class = _class_weight_of_examples(options, examples, counts, shared.class_weights)
-        of_class = jnp.where(unused & ~jnp.isfinite(of_class), jnp.zeros_like(of_class), of_class)
-        counts = counts._replace(weight=jnp.where(counted, weight * of_class, jnp.zeros_like(weight)))
+        of_class = select(unused & ~jnp.isfinite(of_class), jnp.zeros_like(of_class), of_class)
+        counts = counts._replace(weight=select(counted, weight * of_class, jnp.zeros_like(weight)))
     return counts
 
 
@@ -95,7 +96,7 @@ def usable_probs(options: Options, examples: Examples, counts: Counts) -> Exampl
 
 
 def _without(probs: Array, unused: Array) -> Array:
-    return jnp.where(unused[..., None] & ~jnp.isfinite(probs), jnp.zeros_like(probs), probs)
+    return select(unused[..., None] & ~jnp.isfinite(probs), jnp.zeros_like(probs), probs)
 
 
 def usable_temperature(options: Options, examples: Examples, counts: Counts) -> Examples:
@@ -104,8 +105,8 @@ def usable_temperature(options: Options, examples: Examples, counts: Counts) -> 
         return examples
     ones = jnp.ones_like(counts.weight)
     T = ones * jnp.broadcast_to(T, ones.shape)
-    T = T + jnp.where(T > 0, 0, jnp.nan)  # which leaves a NaN gradient NaN
-    return examples._replace(temperature=jnp.where(counts.unused & jnp.isnan(T), ones, T))
+    T = T + select(T > 0, 0, jnp.nan)  # which leaves a NaN gradient NaN
+    return examples._replace(temperature=select(counts.unused & jnp.isnan(T), ones, T))
 
 
 def _may_be_unused(options: Options, examples: Examples) -> bool:
@@ -135,10 +136,11 @@ def compose(
     dtype, ones = like.dtype, jnp.ones_like(like)
     weights = ones
     if examples.weights is not None:
-        weights = jnp.where(counts.counted, ones * jnp.broadcast_to(examples.weights, like.shape), ones)
+        weights = select(counts.counted, ones * jnp.broadcast_to(examples.weights, like.shape), ones)
     if examples.indices is not None:
         examples = usable_probs(options, examples, counts)
-    terms = jax.tree.map(lambda x: zero_if_too_large(x, counts.unused), terms)
+    if _may_be_unused(options, examples):
+        terms = jax.tree.map(lambda x: zero_if_too_large(x, counts.unused), terms)
 
     if examples.indices is None:
         target = terms.target
@@ -148,13 +150,13 @@ def compose(
         idle = counts.unused[..., None] if probs is None else counts.unused[..., None] | (probs == 0)
         known = nan_where_unknown(examples.indices, num_classes, idle).astype(dtype)
         nothing = idle & ~is_class(examples.indices, num_classes)  # whose term is that of no class
-        surprise = jnp.where(nothing, 0, terms.target) * known
+        surprise = select(nothing, 0, terms.target) * known
         probs = jnp.ones_like(surprise) if probs is None else probs.astype(dtype)
         nll = jnp.sum(times(probs, surprise), -1)
         target = nll
         if shared.class_weights is not None:
             by_class = _weighted_entries(options, examples.indices, examples.probs, shared.class_weights)
-            by_class = jnp.where(counts.unused[..., None] & ~jnp.isfinite(by_class), 0, by_class)
+            by_class = select(counts.unused[..., None] & ~jnp.isfinite(by_class), 0, by_class)
             target = jnp.sum(times(by_class, surprise), -1)
 
     loss = target
@@ -164,18 +166,18 @@ def compose(
     if shared.z_loss is not None:
         # What is not finite has no derivative: it must not turn a cotangent of 0 into NaN.
         lse = terms.log_normalizer
-        lse = jnp.where(jnp.isfinite(lse), lse, lax.stop_gradient(lse))
+        lse = select(jnp.isfinite(lse), lse, lax.stop_gradient(lse))
         loss = loss + times(shared.z_loss, lse * lse)
     zero = jnp.zeros_like(loss)
     if examples.indices is not None and (options.label_smoothing or shared.class_weights is not None):
         # No 0 that a term was multiplied with hides a label that is no class, and its gradient is NaN as well.
         sound = jnp.prod(known, -1)
         loss, nll = (x * sound + times(sound - 1, terms.log_normalizer) for x in (loss, nll))
-    loss = jnp.where(counts.counted, weights * loss, zero)
+    loss = select(counts.counted, weights * loss, zero)
     reduced = reduce(options, loss, counts)
     if not options.return_aux:
         return reduced
-    nll = jnp.where(counts.counted, nll, zero)
+    nll = select(counts.counted, nll, zero)
     assert terms.entropy is not None  # the aux record is why it was computed
     assert prediction is not None
     return reduced, CrossEntropyAux(nll, terms.log_normalizer, terms.entropy, prediction, counts.weight)
@@ -243,19 +245,19 @@ def mean_divisor(options: Options, counts: Counts) -> tuple[Array, Array]:
         divisor = jnp.sum(counts.counted.astype(divisor.dtype))
     divisor = sum_over(divisor, options.batch_axis_name)
     nothing = divisor == 0
-    return jnp.where(nothing, 1, divisor), nothing
+    return select(nothing, 1, divisor), nothing
 
 
 def mean_or_0(mean: Array, nothing: Array) -> Array:
     """0 over nothing, but NaN stays: labels that are no class may weigh nothing where classes are split."""
-    return jnp.where(nothing & ~jnp.isnan(mean), jnp.zeros_like(mean), mean)
+    return select(nothing & ~jnp.isnan(mean), jnp.zeros_like(mean), mean)
 
 
 def zero_if_too_large(x: Array, unused: Array) -> Array:
     """`x`, but 0 in unused rows where it is not finite or so large that its square or a sum of such might not be."""
     unused = jnp.broadcast_to(unused.reshape(unused.shape + (1,) * (x.ndim - unused.ndim)), x.shape)
     limit = 1e-3 * float(jnp.finfo(x.dtype).max) ** 0.5
-    return jnp.where(unused & ~(jnp.abs(x) < limit), jnp.zeros_like(x), x)
+    return select(unused & ~(jnp.abs(x) < limit), jnp.zeros_like(x), x)
 
 
 def _class_count(classes: Array | None, num_classes: int, dtype: jnp.dtype) -> Array:

@@ -38,6 +38,7 @@ from jaxce.log_probabilities import LogProbsAux, log_probs
 from jaxce.lookup import repeated_entries, sums_of_same
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
+from jaxce.selection import select
 from jaxce.sharding import (
     alike,
     explicit_mesh,
@@ -275,7 +276,7 @@ def composed(of: Distillation, value: Array, examples: Examples, counts: Counts)
 def _zero_unless(kept: Array, x: Array) -> Array:
     """Rows of `x [..., V]` or numbers of rows."""
     kept = kept.reshape(kept.shape + (1,) * (x.ndim - kept.ndim))
-    return jnp.where(mask_like(kept, x), x, jnp.zeros_like(x))
+    return select(mask_like(kept, x), x, jnp.zeros_like(x))
 
 
 def _plain(of: Distillation, models: Models[Array], examples: Examples) -> Array:
@@ -290,7 +291,7 @@ def _plain(of: Distillation, models: Models[Array], examples: Examples) -> Array
         return Side(largest, log_sum, jnp.exp(-log_sum))
 
     z = _effective(of, models, examples)
-    z = Models(*(x + jnp.where(x == jnp.inf, jnp.nan, 0) for x in z))
+    z = Models(*(x + select(x == jnp.inf, jnp.nan, 0) for x in z))
     total = sums(of.divergence, compare(z, Models(*map(side, z)), temperature))
     return finish(of.divergence, sum_over(total, names)).value
 
@@ -355,7 +356,7 @@ def top_k_loss(
     num_classes = math.prod(full[i] for i in class_axes) * shard_count(of.options.axis_name)
     unknown = counts.unused[..., None] & ~is_class(indices, num_classes)
     idle = ~counts.counted[..., None] | (probs == 0) | unknown
-    ids = jnp.where(idle, jnp.full_like(indices, _IDLE), jnp.maximum(indices, -1))
+    ids = select(idle, jnp.full_like(indices, _IDLE), jnp.maximum(indices, -1))
     kept = {name: options[name] for name in ("where", "logit_softcap", "temperature", "axis_name", "implementation")}
     if isinstance(kept["temperature"], jax.core.Tracer):  # any other has been looked at
         kept["temperature"] = usable_temperature(of.options, examples, counts).temperature
@@ -385,14 +386,14 @@ def _of_top_k(
 ) -> Array:
     """rounding: what the teacher's probabilities may lack of 1 if they are all there are."""
     first = ~(repeated_entries(ids) | (ids == _IDLE))
-    p = jnp.where(first, sums_of_same(ids, p), 0)  # of a class given twice
-    log_q = jnp.where(first | jnp.isnan(log_q), log_q, -jnp.inf)
+    p = select(first, sums_of_same(ids, p), 0)  # of a class given twice
+    log_q = select(first | jnp.isnan(log_q), log_q, -jnp.inf)
     mass = jnp.sum(p, -1)
     rest = jnp.maximum(_left_of_one(p), 0) if tail else jnp.zeros_like(mass)
     if tail:
-        rest = jnp.where(mass > _MOST, jnp.nan, rest)
+        rest = select(mass > _MOST, jnp.nan, rest)
         # Of no other class.
-        rest = jnp.where((log_rest < _NOTHING) & (rest <= rounding), 0, rest)
+        rest = select((log_rest < _NOTHING) & (rest <= rounding), 0, rest)
     p, log_q = (jnp.concatenate([x, y[..., None]], -1) for x, y in ((p, rest), (log_q, log_rest)))
     divergence = functools.partial(divergence_of_log_probs, of.divergence, whole=tail)
     first_value = divergence(lax.stop_gradient(log_q), p)
@@ -402,11 +403,11 @@ def _of_top_k(
     kept = ~(broken | dead)[..., None]
     # KL(q‖p) where p has nothing and q has: infinite, and its derivatives those for a p that is hardly more.
     unbounded = jnp.isinf(first_value) & (of.divergence.kind == "reverse_kl")
-    least = jnp.where(unbounded[..., None] & (p == 0), jnp.finfo(p.dtype).tiny, p)
-    value = divergence(jnp.where(kept, log_q, 0), jnp.where(kept, least, 1))
-    value = jnp.where(unbounded, jnp.inf + (value - lax.stop_gradient(value)), value)
-    slope = jnp.where(broken & ~jnp.any(jnp.isnan(log_q), -1), jnp.nan, 1)
-    value = jnp.where(broken, slope * jnp.sum(log_q, -1), value)
+    least = select(unbounded[..., None] & (p == 0), jnp.finfo(p.dtype).tiny, p)
+    value = divergence(select(kept, log_q, 0), select(kept, least, 1))
+    value = select(unbounded, jnp.inf + (value - lax.stop_gradient(value)), value)
+    slope = select(broken & ~jnp.any(jnp.isnan(log_q), -1), jnp.nan, 1)
+    value = select(broken, slope * jnp.sum(log_q, -1), value)
     return composed(of, value, examples, counts)
 
 
@@ -452,7 +453,7 @@ def record_of(of: Distillation, sides: Models[Side], sound: Array, total: Sums) 
     row = finish(of.divergence, total)
     bounded = jnp.isfinite(row.value)
     known = jax.tree.map(functools.partial(_zero_unless, sound & bounded), row)
-    return jnp.where(sound, row.value, jnp.nan), Record(sides, known, sound, bounded)
+    return select(sound, row.value, jnp.nan), Record(sides, known, sound, bounded)
 
 
 def factors(record: Record, ct: Array) -> Factors:
@@ -460,8 +461,8 @@ def factors(record: Record, ct: Array) -> Factors:
     # Nothing depends on a dead row, so it gives 0, whatever it holds; one on which something does may give NaN.
     dead = ~(sound & bounded) & (ct == 0)
     kept = sound & ~dead
-    scale = jnp.where(kept, ct, jnp.where(dead, 0, jnp.nan))
-    row = jax.tree.map(lambda x: jnp.where(bounded | dead, x, jnp.inf), row)._replace(slip=row.slip)
+    scale = select(kept, ct, select(dead, 0, jnp.nan))
+    row = jax.tree.map(lambda x: select(bounded | dead, x, jnp.inf), row)._replace(slip=row.slip)
     return Factors(written(jax.tree.map(functools.partial(_zero_unless, kept), sides)), row, kept, scale)
 
 
@@ -472,7 +473,7 @@ def gradient_of_classes(
     logits, temperature = models.student, examples.temperature
     sides, row, kept, scale = of_rows
     if temperature is not None:  # which is NaN where it is not positive
-        temperature = jnp.where(kept, temperature, 1)
+        temperature = select(kept, temperature, 1)
     pair = compare(_effective(of, models, examples, kept), sides, temperature)
     student = gradient(of.divergence, pair, row)
     dz, dtemperature = scale[..., None] * student, None
@@ -516,7 +517,7 @@ def _side(options: Options, logits: Array, examples: Examples, dtype: jnp.dtype)
     if examples.temperature is not None:
         offset = lax.stop_gradient(jnp.max(effective(options, rows), -1).astype(dtype))
         offset = lax.pmax(offset, names) if names else offset
-        offset = jnp.where(jnp.isfinite(offset), offset, 0)
+        offset = select(jnp.isfinite(offset), offset, 0)
         rows = rows._replace(temperature=examples.temperature[..., None], offset=offset[..., None])
     stats, sound = finite(merge_shards(row_stats(options, rows), names))
     return side_of(stats, offset), sound

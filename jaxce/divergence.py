@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxce.selection import select
 from jaxce.stats import RowStats, tempered, times
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def side_of(stats: RowStats, offset: Array | None = None) -> Side:
 def compare(logits: Models[Array], sides: Models[Side], temperature: Array | None = None) -> Pair:
     """Of logits `[..., V]`, capped and masked, not divided, of all classes or of some."""
     (a, a_error), (b, b_error) = (_below(z, side.max) for z, side in zip(logits, sides, strict=True))
-    apart = jnp.where((a == -jnp.inf) & (b == -jnp.inf), 0, (a - b) + (a_error - b_error))
+    apart = select((a == -jnp.inf) & (b == -jnp.inf), 0, (a - b) + (a_error - b_error))
     if temperature is not None:
         a, b, apart = (tempered(x, temperature[..., None], None) for x in (a, b, apart))
     there = b > -jnp.inf
@@ -132,8 +133,8 @@ def compare(logits: Models[Array], sides: Models[Side], temperature: Array | Non
         jnp.exp(b) * sides.teacher.inverse[..., None],
         jnp.exp(a) * sides.student.inverse[..., None],
         apart - (sides.student.log_sum - sides.teacher.log_sum)[..., None],
-        jnp.where(there, b, 0),
-        jnp.where(there, apart, a),
+        select(there, b, 0),
+        select(there, apart, a),
     )
 
 
@@ -144,7 +145,7 @@ def _below(z: Array, maximum: Array) -> tuple[Array, Array]:
     fixed, high, largest = (lax.stop_gradient(x) for x in (z, d, maximum))
     minus = high - fixed
     error = (fixed - (high - minus)) - (largest + minus)
-    return d, jnp.where(jnp.isfinite(error), error, 0)
+    return d, select(jnp.isfinite(error), error, 0)
 
 
 def sums(of: Divergence, pair: Pair) -> Sums:
@@ -158,7 +159,7 @@ def sums(of: Divergence, pair: Pair) -> Sums:
     return total._replace(
         leading=_total(times(share, log_ratio)),
         others=_total(times((1 - share) * q, log_ratio)),
-        mass=_total(jnp.where(q > 0.6, 0, q)),
+        mass=_total(select(q > 0.6, 0, q)),
     )
 
 
@@ -209,7 +210,7 @@ def divergence_of_log_probs(of: Divergence, log_q: Array, p: Array, whole: bool 
     the other. With it both do, and that they are rounded makes no difference.
     """
     p = lax.stop_gradient(p)
-    log_ratio = jnp.where((log_q == -jnp.inf) & (p == 0), 0, log_q - jnp.log(p))
+    log_ratio = select((log_q == -jnp.inf) & (p == 0), 0, log_q - jnp.log(p))
     pair = Pair(p, jnp.exp(log_q), log_ratio, jnp.zeros_like(p), log_ratio)
     if whole:
         return finish(of, sums(of, pair)).value
@@ -234,7 +235,7 @@ def _without_slip(pair: Pair, row: Row) -> Pair:
 def _excess(pair: Pair) -> Array:
     """q − p."""
     near, delta = _near(pair.log_ratio)
-    return jnp.where(near, pair.teacher * jnp.expm1(delta), pair.student - pair.teacher)
+    return select(near, pair.teacher * jnp.expm1(delta), pair.student - pair.teacher)
 
 
 def _by_class(of: Divergence, pair: Pair) -> Models[Array | None]:
@@ -257,14 +258,14 @@ def _over_mixture(of: Divergence, pair: Pair) -> Array:
 def _to_mixture(of: Divergence, delta: Array) -> tuple[Array, Array]:
     """log(m/p) and log(m/q), of which one is up to 0 and the other from 0 on."""
     larger = delta > 0  # q is
-    down = jnp.where(larger, -delta, delta)
-    less, more = (jnp.where(larger, x, 1 - x).astype(delta.dtype) for x in (of.beta, 1 - of.beta))
+    down = select(larger, -delta, delta)
+    less, more = (select(larger, x, 1 - x).astype(delta.dtype) for x in (of.beta, 1 - of.beta))
     odds = jnp.expm1(down)
     low = jnp.log1p(less * odds)
     inner = jnp.maximum(odds, -0.99)
     # exp(−x) − 1 is −e/(1 + e) for e = exp(x) − 1: the sum low − down has lost its digits where it is small.
-    high = jnp.where(odds > -0.99, jnp.log1p(-more * inner / (1 + inner)), low - down)
-    return jnp.where(larger, high, low), jnp.where(larger, low, high)
+    high = select(odds > -0.99, jnp.log1p(-more * inner / (1 + inner)), low - down)
+    return select(larger, high, low), select(larger, low, high)
 
 
 def _term(p: Array, y: Array, m: Array) -> Array:
@@ -274,10 +275,10 @@ def _term(p: Array, y: Array, m: Array) -> Array:
     series = jnp.ones_like(small)
     for n in range(count + 1, 2, -1):
         series = 1 + small / n * series
-    return jnp.where(near, p * (small * small / 2 * series), m - p - times(p, y))
+    return select(near, p * (small * small / 2 * series), m - p - times(p, y))
 
 
 def _near(x: Array) -> tuple[Array, Array]:
     """Where |x| is small; and x there, 0 elsewhere."""
     near = jnp.abs(x) < 1
-    return near, jnp.where(near, x, 0)
+    return near, select(near, x, 0)

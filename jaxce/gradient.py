@@ -10,6 +10,7 @@ from jax import Array, lax
 from jaxce.arguments import Examples, Options, Shared
 from jaxce.lookup import put, sums_of_same
 from jaxce.reverse_mode import is_symbolic_zero, materialised
+from jaxce.selection import select
 from jaxce.sharding import taking_part
 from jaxce.stats import RowStats, Terms, shift, times
 from jaxce.sums import effective, exponentials_for_gradient, left_out, rows_of, smoothing_distribution
@@ -48,7 +49,7 @@ def without_unused_tail(ct: Terms) -> Terms:
 def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> Factors:
     """What `gradient` needs to know of whole rows: their finite record, and the cotangents of the terms of each."""
     dead = ~alive & ~_any_used(ct)
-    sound = jnp.where(alive | dead, 1, jnp.nan).astype(stats.rest.dtype)
+    sound = select(alive | dead, 1, jnp.nan).astype(stats.rest.dtype)
     rest = stats.rest
     inverse = sound / (1 + rest)
     a = ct.log_normalizer + (jnp.sum(ct.target, -1) if stats.target is None else ct.target * stats.target.mass)
@@ -58,7 +59,7 @@ def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> 
     if ct.tail is not None and stats.outside is not None:
         a = a - ct.tail
         largest, of_others = stats.outside.max, 1 + stats.outside.rest
-        outside = largest, jnp.where(of_others > 0, sound * ct.tail / jnp.where(of_others > 0, of_others, 1), 0)
+        outside = largest, select(of_others > 0, sound * ct.tail / select(of_others > 0, of_others, 1), 0)
     if ct.entropy is not None and stats.spread is not None:
         entropy = ct.entropy * inverse
         a = a - entropy * stats.spread
@@ -67,7 +68,7 @@ def factors(indices: Array | None, stats: RowStats, alive: Array, ct: Terms) -> 
         # Above it are what is no class, whose derivative must not overflow, and a logit that was rounded anew.
         below = below - lax.stop_gradient(jnp.maximum(below, 0))
         at_targets = _at_targets(indices, ct.target, a, below, rest, inverse, entropy)
-    maximum = jnp.where(dead, jnp.inf, stats.max)
+    maximum = select(dead, jnp.inf, stats.max)
     return Factors(
         dead, maximum, sound * jnp.log1p(rest), a * inverse, at_targets, ct.target, ct.smoothing, entropy, outside
     )
@@ -114,7 +115,7 @@ def gradient(
         dz = dz - of.target[..., None] * _alive(of.dead, rows.probs.astype(dtype))
         # A class of probability 0 whose target is 0 has no part in the loss, as in the other forms of it.
         absent = (examples.probs == 0) & (surprise == jnp.inf)
-        dprobs = taking_part(rows.where, times(of.target[..., None], jnp.where(absent, 0, surprise)))
+        dprobs = taking_part(rows.where, times(of.target[..., None], select(absent, 0, surprise)))
         if shared.class_weights is not None:
             dweights = jnp.sum(times(_alive(of.dead, examples.probs.astype(dtype)), dprobs), batch)
             dprobs = times(shared.class_weights, dprobs)
@@ -125,7 +126,7 @@ def gradient(
             by_class = jnp.sum(taking_part(rows.where, times(share, surprise)), batch)
             dweights = by_class if dweights is None else dweights + by_class
     if rows.temperature is not None:
-        divisor = jnp.where(of.dead[..., None], 1, rows.temperature)  # NaN where it is not positive
+        divisor = select(of.dead[..., None], 1, rows.temperature)  # NaN where it is not positive
         dz = taking_part(rows.where, dz) / divisor
         dtemperature = -jnp.sum(times(dz, z), -1)
     if options.logit_softcap is not None:
@@ -136,7 +137,7 @@ def gradient(
 
 
 def _alive(dead: Array, x: Array) -> Array:
-    return jnp.where(dead.reshape(dead.shape + (1,) * (x.ndim - dead.ndim)), jnp.zeros_like(x), x)
+    return select(dead.reshape(dead.shape + (1,) * (x.ndim - dead.ndim)), jnp.zeros_like(x), x)
 
 
 def _at_targets(

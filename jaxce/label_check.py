@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxce.checks import LIKE_LOGITS, like_logits
 from jaxce.primitives import Primitive
+from jaxce.selection import select
 
 MESSAGE = (
     "targets: label {label} is not one of the {num_classes} classes, 0 to num_classes-1. "
@@ -77,7 +78,7 @@ def _checkify_targets(internals: Any, *args: Any, axes: tuple[int, ...]) -> tupl
 def _checkify_rule(internals: Any, *args: Any, num_classes: int) -> tuple[Any, Array]:
     *context, error, enabled_errors, known, labels = args  # JAX 0.12 hands on a context first
     if internals.FailedCheckError in enabled_errors and known.size:
-        label = jnp.max(jnp.where(known, jnp.iinfo(labels.dtype).min, labels))  # one of those that are none
+        label = jnp.max(select(known, jnp.iinfo(labels.dtype).min, labels))  # one of those that are none
         failure = internals.FailedCheckError(
             internals.get_traceback(), MESSAGE, label=label, num_classes=jnp.asarray(num_classes)
         )

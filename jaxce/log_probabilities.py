@@ -15,6 +15,7 @@ from jaxce.arguments import Examples, Options, Shared, checked
 from jaxce.compose import Counts, zero_if_too_large
 from jaxce.layout import classes_last, sharded_alike
 from jaxce.lookup import repeated_entries
+from jaxce.selection import select
 from jaxce.serialization import serializable
 from jaxce.sharding import shard_count
 from jaxce.softmax import rows_of_logits
@@ -204,17 +205,17 @@ def composed(
     idle = ignored | counts.unused[..., None]
     terms = jax.tree.map(lambda x: zero_if_too_large(x, counts.unused), terms)
     known = nan_where_unknown(indices, num_classes, idle).astype(terms.target.dtype)
-    log_p = jnp.where(idle, 0, 0 - terms.target * known)
+    log_p = select(idle, 0, 0 - terms.target * known)
     if not options.return_aux:
         return log_p
     # A mass of nearly 1 has the digits of its logarithm in what it lacks: the probabilities of the ids.
     # NaN has no derivative: it must not turn a cotangent of 0 into NaN.
-    fixed = jnp.where(jnp.isnan(log_p), lax.stop_gradient(log_p), log_p)
-    mass = jnp.sum(jnp.where(repeated_entries(indices) | ignored, 0, jnp.exp(fixed)), -1)
+    fixed = select(jnp.isnan(log_p), lax.stop_gradient(log_p), log_p)
+    mass = jnp.sum(select(repeated_entries(indices) | ignored, 0, jnp.exp(fixed)), -1)
     assert terms.entropy is not None  # the aux record is why it was computed
     assert terms.tail is not None
     assert prediction is not None
-    tail = jnp.where(mass < 0.5, jnp.log1p(-jnp.minimum(mass, 0.5)), terms.tail) * jnp.prod(known, -1)
+    tail = select(mass < 0.5, jnp.log1p(-jnp.minimum(mass, 0.5)), terms.tail) * jnp.prod(known, -1)
     return log_p, LogProbsAux(terms.entropy, terms.log_normalizer, prediction, tail)
 
 

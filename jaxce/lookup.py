@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxce.selection import select
 from jaxce.sharding import class_numbers, explicitly_sharded, vary, varying
 
 # Up to this many target classes per row are found by comparing class numbers, which fuses into the pass over the
@@ -19,14 +20,16 @@ _MAX_COMPARED = 8
 
 def sums_of_same(indices: Array, values: Array) -> Array:
     """Of each of the K entries `[..., K]`: the sum of the values of all that have its index."""
+    if indices.shape[-1] == 1:
+        return values
 
     def at_once(indices: Array, values: Array) -> Array:
-        return jnp.sum(jnp.where(_same(indices), values[..., None, :], jnp.zeros_like(values[..., None, :])), -1)
+        return jnp.sum(select(_same(indices), values[..., None, :], jnp.zeros_like(values[..., None, :])), -1)
 
     def add(k: Any, indices: Array, values: Array, sums: Array) -> Array:
         same = indices == lax.dynamic_index_in_dim(indices, k, -1)
         value = lax.dynamic_index_in_dim(values, k, -1)
-        return sums + jnp.where(same, value, jnp.zeros_like(value))
+        return sums + select(same, value, jnp.zeros_like(value))
 
     return _by_entry(at_once, add, values.dtype, indices, values)
 
@@ -79,22 +82,22 @@ def pick(array: Array, indices: Array) -> Array:
 
 def compared(array: Array, indices: Array) -> Array:
     """`pick` by class numbers."""
-    hits = (jnp.where(is_class(array, indices[..., k]), array, jnp.zeros_like(array)) for k in range(indices.shape[-1]))
+    hits = (select(is_class(array, indices[..., k]), array, jnp.zeros_like(array)) for k in range(indices.shape[-1]))
     return jnp.stack([jnp.sum(hit, -1, dtype=array.dtype) for hit in hits], -1)
 
 
 def gathered(array: Array, indices: Array) -> Array:
     """`pick` by address."""
     inside = (indices >= 0) & (indices < array.shape[-1])
-    found = jnp.take_along_axis(array, jnp.where(inside, indices, 0), -1, mode="promise_in_bounds")
-    return jnp.where(inside, found, jnp.zeros_like(found))
+    found = jnp.take_along_axis(array, select(inside, indices, 0), -1, mode="promise_in_bounds")
+    return select(inside, found, jnp.zeros_like(found))
 
 
 def put(array: Array, indices: Array, values: Array) -> Array:
     """`array [..., V]` with `values [..., K]` at `indices [..., K]`; an index outside the row is passed over."""
     if indices.shape[-1] <= _MAX_COMPARED or explicitly_sharded(array, indices):
         for k in range(indices.shape[-1]):
-            array = jnp.where(is_class(array, indices[..., k]), values[..., k, None], array)
+            array = select(is_class(array, indices[..., k]), values[..., k, None], array)
         return array
     return scattered(array, indices, values)
 
@@ -102,7 +105,7 @@ def put(array: Array, indices: Array, values: Array) -> Array:
 def scattered(array: Array, indices: Array, values: Array) -> Array:
     """`put` by address."""
     size = array.shape[-1]
-    inside = jnp.where((indices >= 0) & (indices < size), indices, size)  # a negative index would count from the end
+    inside = select((indices >= 0) & (indices < size), indices, size)  # a negative index would count from the end
 
     def of_row(row: Array, indices: Array, values: Array) -> Array:
         return row.at[indices].set(values, mode="drop")

@@ -15,6 +15,7 @@ from jaxce.arguments import Examples, Options, Shared, checked
 from jaxce.compose import compose, usable_probs, who_counts
 from jaxce.layout import classes_last, sharded_alike
 from jaxce.lookup import pick
+from jaxce.selection import select
 from jaxce.stats import Terms, times, working_dtype
 from jaxce.targets import Targets, class_weight_at, entry_probs, is_class
 from jaxce.types import ArrayLike, Axis, Reduction, takes_variables
@@ -101,12 +102,12 @@ def _loss(p: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...]
         idle = jnp.zeros(indices.shape, jnp.bool_) if entries is None else entries == 0
         idle |= unused[..., None]
         valid &= jnp.all(is_class(indices, p.shape[-1]) | idle, -1)
-    p = jnp.where((unused & ~valid)[..., None], jnp.ones_like(p), p)
-    p = p * jnp.where(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
+    p = select((unused & ~valid)[..., None], jnp.ones_like(p), p)
+    p = p * select(valid | unused, 1, jnp.nan)[..., None]  # a factor, so that the gradient of such a row is NaN too
 
     def counted(surprise: Array) -> Array:
         """Finite in unused rows: multiplied by a cotangent of 0, infinity would be NaN in what rows share."""
-        return jnp.where(unused[..., None] & jnp.isinf(surprise), 0, surprise)
+        return select(unused[..., None] & jnp.isinf(surprise), 0, surprise)
 
     amount = jnp.zeros((), dtype) if shared.label_smoothing is None else shared.label_smoothing
     if indices is not None:
@@ -129,4 +130,4 @@ def _loss(p: Array, examples: Examples, shared: Shared, *, axes: tuple[int, ...]
 
 def _surprise(p: Array, idle: Array) -> Array:
     """−log p; without a derivative where it is multiplied by 0 and p has no logarithm."""
-    return -jnp.log(jnp.where(idle & ~(p > 0), lax.stop_gradient(p), p))
+    return -jnp.log(select(idle & ~(p > 0), lax.stop_gradient(p), p))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxce.selection import select
 from jaxce.versions import varying_axes
 
 Tree = TypeVar("Tree")
@@ -39,7 +40,7 @@ def mask_like(mask: Array, like: Array) -> Array:
 
 def taking_part(where: Array | None, x: Array) -> Array:
     """`x [..., V]`, but 0 for classes that the mask leaves out, whatever it holds there."""
-    return x if where is None else jnp.where(mask_like(where, x), x, jnp.zeros_like(x))
+    return x if where is None else select(mask_like(where, x), x, jnp.zeros_like(x))
 
 
 def varying(*trees: Any) -> frozenset[str]:
@@ -80,8 +81,8 @@ def alike(tree: Tree, axes: AxisNames, ignore_index: int | None = None) -> Tree:
         fixed = lax.stop_gradient(x)
         largest, least = lax.pmax(fixed, over), lax.pmin(fixed, over)
         floats = jnp.issubdtype(x.dtype, jnp.floating)
-        value: Array = jnp.where(largest == least, largest, jnp.nan if floats else no_class(x))
-        return value + lax.pmean(jnp.where(jnp.isfinite(x), x - fixed, 0), over) if floats else value
+        value: Array = select(largest == least, largest, jnp.nan if floats else no_class(x))
+        return value + lax.pmean(select(jnp.isfinite(x), x - fixed, 0), over) if floats else value
 
     same_tree: Tree = jax.tree.map(same, tree)
     return same_tree

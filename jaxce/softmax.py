@@ -18,6 +18,7 @@ from jaxce.gradient import factors, gradient, without_unused_tail
 from jaxce.layout import class_count, classes_last, sharded_alike
 from jaxce.on_cpu import written
 from jaxce.reverse_mode import reverse_mode_only
+from jaxce.selection import select
 from jaxce.sharding import mask_like, on_this_device, shard_count, shard_start, sum_over, vary, varying
 from jaxce.stats import RowStats, Terms, finish, finite, merge_argmax, merge_shards, working_dtype
 from jaxce.sums import Rows, effective, row_stats, rows_of
@@ -282,7 +283,7 @@ def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: 
         if options.implementation == "autodiff":
             logits, examples = _without_bad(options, logits, examples, shared, counts, largest)
         if examples.temperature is not None:
-            examples = examples._replace(offset=jnp.where(jnp.isfinite(largest), largest, 0))
+            examples = examples._replace(offset=select(jnp.isfinite(largest), largest, 0))
     own, own_shared = of_terms(options, examples, shared)
     if own.indices is not None:
         own = own._replace(indices=on_this_device(own.indices, V, axes))
@@ -294,7 +295,7 @@ def rows_of_logits(options: Options, logits: Array, examples: Examples, shared: 
     terms = terms_of(options, *rows)
     if examples.temperature is not None and examples.offset is not None:
         # A NaN is in the log-normalizer already, and must not turn a cotangent of 0 into NaN.
-        temperature = jnp.where(jnp.isnan(examples.temperature), 1, examples.temperature)
+        temperature = select(jnp.isnan(examples.temperature), 1, examples.temperature)
         terms = terms._replace(log_normalizer=terms.log_normalizer + examples.offset / temperature)
     counts = who_counts(options, examples, shared, terms.log_normalizer, classes)
     unweighted = prediction = None
@@ -327,8 +328,8 @@ def _without_bad(
             weighs &= jnp.broadcast_to(shared.class_weights != 0, probs.shape)
         infinite = sum_over(jnp.any(weighs, -1).astype(jnp.int32), options.axis_name) > 0
         gone = (counts.unused & infinite)[..., None]
-        examples = examples._replace(probs=jnp.where(gone, jnp.zeros_like(probs), probs))
-    return jnp.where((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits), examples
+        examples = examples._replace(probs=select(gone, jnp.zeros_like(probs), probs))
+    return select((counts.unused & bad)[..., None], jnp.zeros_like(logits), logits), examples
 
 
 # --- the primitive --------------------------------------------------------------------------------------------------

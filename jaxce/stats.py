@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from jaxce.selection import select
 from jaxce.sharding import AxisNames
 
 
@@ -84,14 +85,14 @@ def matmul_dtype(*dtypes: DTypeLike) -> jnp.dtype:
 def times(a: Array, x: Array) -> Array:
     """a·x, but 0 where a is 0 and x is not finite. Differentiable in both: where x is finite it is a plain product."""
     a, x = jnp.broadcast_arrays(a, x)
-    return a * jnp.where((a == 0) & ~jnp.isfinite(x), jnp.zeros_like(x), x)
+    return a * select((a == 0) & ~jnp.isfinite(x), jnp.zeros_like(x), x)
 
 
 def tempered(z: Array, temperature: Array, offset: Array | None) -> Array:
     """(z − offset)/temperature, where z is finite; elsewhere it has no derivative in the temperature."""
     z = z if offset is None else z - offset
     finite = jnp.isfinite(z)
-    return jnp.where(finite, jnp.where(finite, z, 0) / temperature, z)
+    return select(finite, select(finite, z, 0) / temperature, z)
 
 
 @jax.custom_jvp
@@ -104,12 +105,12 @@ def weighted(probs: Array, weights: Array) -> Array:
 def _weighted_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (a, b), (da, db) = (jnp.broadcast_arrays(*x) for x in (primals, tangents))
     zero = jnp.zeros_like(a)
-    return a * b, jnp.where(b == 0, zero, b * da) + jnp.where(a == 0, zero, a * db)
+    return a * b, select(b == 0, zero, b * da) + select(a == 0, zero, a * db)
 
 
 def finish(stats: RowStats) -> Terms:
     """From the record of a complete row to the terms of its loss. A row without a finite maximum gives NaN."""
-    log_sum = jnp.log1p(jnp.where(stats.max == -jnp.inf, jnp.nan, stats.rest))
+    log_sum = jnp.log1p(select(stats.max == -jnp.inf, jnp.nan, stats.rest))
 
     def surprise(gap: Gap) -> Array:
         return gap.sum + gap.mass * log_sum
@@ -124,7 +125,7 @@ def finish(stats: RowStats) -> Terms:
     tail = None
     if stats.outside is not None:
         # Of no other class its maximum says so, and the sum, −1, has no derivative.
-        rest = jnp.where(stats.outside.max == -jnp.inf, 0, stats.outside.rest)
+        rest = select(stats.outside.max == -jnp.inf, 0, stats.outside.rest)
         tail = (stats.outside.max - stats.max) + (jnp.log1p(rest) - log_sum)
     return Terms(stats.max + log_sum, target, smoothing, entropy, tail)
 
@@ -139,7 +140,7 @@ def finite(stats: RowStats) -> tuple[RowStats, Array]:
         alive &= jnp.isfinite(stats.target.mass)
 
     def kept(x: Array) -> Array:
-        return jnp.where(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, jnp.zeros_like(x))
+        return select(alive.reshape(alive.shape + (1,) * (x.ndim - alive.ndim)), x, jnp.zeros_like(x))
 
     return jax.tree.map(kept, stats), alive
 
@@ -149,8 +150,8 @@ def merge(a: RowStats, b: RowStats) -> RowStats:
     # One of both, and not `jnp.maximum`: where they are equal, that has the mean of their derivatives, and `high` is
     # relative to one of them.
     swap = b.max > a.max
-    maximum, smaller = jnp.where(swap, b.max, a.max), jnp.where(swap, a.max, b.max)
-    high, low = jnp.where(swap, b.rest, a.rest), jnp.where(swap, a.rest, b.rest)
+    maximum, smaller = select(swap, b.max, a.max), select(swap, a.max, b.max)
+    high, low = select(swap, b.rest, a.rest), select(swap, a.rest, b.rest)
     scale = jnp.exp(smaller - shift(maximum))
     merged = RowStats(maximum, high + (1 + low) * scale)
     if a.picked is not None and b.picked is not None:
@@ -162,7 +163,7 @@ def merge(a: RowStats, b: RowStats) -> RowStats:
     if a.spread is not None and b.spread is not None:
         merged = merged._replace(spread=_rescaled_spread(a.spread, a, maximum) + _rescaled_spread(b.spread, b, maximum))
     if a.argmax is not None and b.argmax is not None:
-        merged = merged._replace(argmax=jnp.where(swap, b.argmax, a.argmax))
+        merged = merged._replace(argmax=select(swap, b.argmax, a.argmax))
     if a.outside is not None and b.outside is not None:
         merged = merged._replace(outside=merge(a.outside, b.outside))
     return merged
@@ -211,7 +212,7 @@ def low_and_high(e: Array) -> tuple[Array, Array]:
 
 def without_largest(low: Array, high: Array) -> Array:
     """The sum of e without its largest term, 1, from the sums of both parts; of no term at all it is 0 − 1."""
-    return jnp.where((low + high >= 0.5) & (low + high < 1.5), low, low + (high - 1))
+    return select((low + high >= 0.5) & (low + high < 1.5), low, low + (high - 1))
 
 
 def merge_argmax(maximum: Array, argmax: Array, axes: AxisNames) -> Array:
@@ -224,12 +225,12 @@ def merge_argmax(maximum: Array, argmax: Array, axes: AxisNames) -> Array:
     # A compiler may compute a logit for each of its uses, and round it in another way: then no device has the largest.
     leads = (maximum == largest) | jnp.isnan(maximum)
     near = leads | (maximum > largest - 0.5)
-    first, nearby = lax.pmin(tuple(jnp.where(those, argmax, none) for those in (leads, near)), axes)
-    return jnp.where(first == none, nearby, first)
+    first, nearby = lax.pmin(tuple(select(those, argmax, none) for those in (leads, near)), axes)
+    return select(first == none, nearby, first)
 
 
 def merged_gaps(a: Gap, a_max: Array, b: Gap, b_max: Array) -> Gap:
-    maximum = jnp.where(b_max > a_max, b_max, a_max)
+    maximum = select(b_max > a_max, b_max, a_max)
     a, b = _moved(a, a_max, maximum), _moved(b, b_max, maximum)
     return Gap(a.sum + b.sum, a.mass + b.mass)
 
@@ -241,10 +242,10 @@ def _moved(gap: Gap, old: Array, new: Array) -> Gap:
 
 def _rescaled_spread(spread: Array, stats: RowStats, maximum: Array) -> Array:
     # Limited to where exp(-down) is 0: times the number of classes, that of a mask of finfo.min would be infinite.
-    down = jnp.where(stats.max == -jnp.inf, 0, jnp.minimum(maximum - shift(stats.max), 1e4))
+    down = select(stats.max == -jnp.inf, 0, jnp.minimum(maximum - shift(stats.max), 1e4))
     return jnp.exp(-down) * (spread + times(1 + stats.rest, down))
 
 
 def shift(maximum: Array) -> Array:
     """What to subtract from the logits: the maximum, or 0 in a row of nothing but −inf (−inf − −inf is NaN)."""
-    return jnp.where(maximum == -jnp.inf, 0, maximum)
+    return select(maximum == -jnp.inf, 0, maximum)
