@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 
 def select(condition: Array, x: ArrayLike, y: ArrayLike) -> Array:
     """`x` where the condition holds and `y` elsewhere; they are broadcast, and their types promoted."""
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    # Python numbers of two kinds stay of a weak type, as jnp.where leaves them.
+    x, y = (jnp.asarray(float(a) if isinstance(a, int) and isinstance(b, float) else a) for a, b in ((x, y), (y, x)))
     dtype = jnp.result_type(x, y)
     arrays = condition, *(a if a.dtype == dtype else lax.convert_element_type(a, dtype) for a in (x, y))
     if not condition.shape == x.shape == y.shape:
