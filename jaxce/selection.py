@@ -1,7 +1,7 @@
 """`jnp.where` without a jit of its own.
 
 A loss has some thirty selects. As `jnp.where` each is a function that is traced, lowered and inlined again, which took
-25 of the 60 ms by which the first call of a loss and its gradient was longer than it is now.
+a tenth of the first call of a loss and its gradient.
 """
 
 from __future__ import annotations
