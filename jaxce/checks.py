@@ -95,8 +95,8 @@ def as_array(x: Any) -> jax.Array:
 
 
 def real_array(x: Any) -> jax.Array:
-    """`as_array` of real numbers: those of a NumPy integer type that JAX does not use now become floats."""
-    if not isinstance(x, jax.Array) and jnp.issubdtype(np.asarray(x).dtype, np.integer):
+    """`as_array` of real numbers; NumPy's and Python's integers as floats: JAX may have no integers for them now."""
+    if not isinstance(x, jax.Array) and is_integers(x):
         return cast(jax.Array, np.asarray(x, jnp.result_type(float)))
     return as_array(x)
 
@@ -224,11 +224,12 @@ def ids(name: str, x: jax.Array, batch: tuple[int, ...]) -> None:
 def probabilities(name: str, x: Any, shape: tuple[int, ...], batch: tuple[int, ...] | None = None) -> None:
     """`batch`: the shape of labels, if there could have been labels in place of probabilities."""
     if jnp.shape(x) != shape:
-        hint = "Probabilities are never broadcast; class indices must have an integer dtype"
-        hint += f": {name}.astype(int)." if jnp.shape(x) == batch else "."
-        if jnp.shape(x) != batch and broadcastable(jnp.shape(x), shape):
-            hint = f"Probabilities are never broadcast: jnp.broadcast_to({name}, {shape})."
-        fail(ValueError, name, f"shape {shape}", describe(x), hint)
+        hint = "; class indices must have an integer dtype"
+        if jnp.shape(x) == batch:
+            hint += f": {name}.astype(int)"
+        elif broadcastable(jnp.shape(x), shape):
+            hint = f": jnp.broadcast_to({name}, {shape})"
+        fail(ValueError, name, f"shape {shape}", describe(x), f"Probabilities are never broadcast{hint}.")
 
 
 _LOOKED_AT = 2**16  # entries, of which a look takes microseconds

@@ -429,7 +429,9 @@ def test_dense_losses_beside_what_was_gathered_over_the_devices_of_the_classes(r
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["cross-entropy", "log-probabilities", "divergence", "divergence from some classes"])
+@pytest.mark.parametrize(
+    "loss", ["cross-entropy", "log-probabilities", "divergence", "teacher", "divergence from some classes"]
+)
 def test_tokens_that_nobody_gathered_are_nan(rng, loss):
     """Hidden states that only one token has alike on all devices; the labels are, and tell nothing."""
     h, k, labels = rng.normal(size=(8, 3)), rng.normal(size=(3, 8)), rng.integers(0, 8, 2)
@@ -442,6 +444,8 @@ def test_tokens_that_nobody_gathered_are_nan(rng, loss):
             return jaxce.linear_log_probs(h, k, labels, axis_name="v")
         if loss == "divergence":
             return jaxce.linear_distillation_loss(h, k, jnp.ones((2, 3)), jnp.cos(k), axis_name="v")
+        if loss == "teacher":
+            return jaxce.linear_distillation_loss(jnp.ones((2, 3)), jnp.cos(k), h, k, axis_name="v")
         teacher = SparseTargets(labels[:, None], jnp.ones((2, 1)))
         return jaxce.linear_distillation_loss(h, k, teacher, axis_name="v")
 

@@ -168,8 +168,8 @@ class Prepared(NamedTuple):
 def prepared(
     schedules: blocks.Schedules, options: Options, projection: Projection, examples: Examples, shared: Shared
 ) -> Prepared:
-    _, kernel, _ = projection
-    hidden = nan_unless_gathered(options, projection.hidden)
+    hidden, kernel, _ = projection
+    hidden = nan_unless_gathered(options, hidden)
     examples, shared = alike_on_devices(options, examples, shared)
     shape = (*hidden.shape[:-1], kernel.shape[schedules[0].vocab_axis])
     classes = blocks.participating(examples.where, shape, schedules[0].forward_v, options.axis_name)
