@@ -52,6 +52,11 @@ class Examples(NamedTuple):
         of["probs"] = classes if self.indices is None else entries
         return Examples(**{name: of[name](x) for name, x in self._asdict().items() if x is not None})
 
+    @property
+    def counted_probs(self) -> Array | None:
+        """Probability targets, if every row of them counts."""
+        return self.probs if self.indices is None and self.where is None and self.weights is None else None
+
 
 class Projection(NamedTuple):
     """Of the linear loss, whose logits are hidden @ kernel + bias."""
@@ -108,19 +113,27 @@ def checked(
 
     Along the class axes that is their length on this device, if they are split.
     """
-    batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
-    indices, probs, ignore_index = sort_by_kind(targets, batch, full, dtype, ignore_index, targets_name)
-    if indices is None and probs is not None and where is None and weights is None:  # every row counts
-        if not isinstance(probs, jax.core.Tracer):
-            checks.no_logits(targets_name, probs, tuple(class_axes))
-        elif not axis_name:
-            probs = check_targets(probs, tuple(class_axes))
+    indices, probs, ignore_index = sort_by_kind(targets, full, class_axes, dtype, ignore_index, targets_name)
     examples, shared, constants = checked_options(
         full, class_axes, dtype, where=where, weights=weights, axis_name=axis_name, **options
     )
     examples = examples._replace(indices=indices, probs=probs)
+    if (probs := examples.counted_probs) is not None and not isinstance(probs, jax.core.Tracer):
+        checks.no_logits(targets_name, probs, tuple(class_axes))
     tail = constants.return_aux and isinstance(targets, Ids)
     return examples, shared, dataclasses.replace(constants, ignore_index=ignore_index, tail=tail)
+
+
+def with_targets_checked(
+    result: Any, targets: Any, examples: Examples, class_axes: Sequence[int], options: Options
+) -> Any:
+    """The loss, or loss and aux, of these targets as they came: traced probabilities are looked at under checkify."""
+    traced = isinstance(targets, jax.core.Tracer) and not options.axis_name
+    if not traced or examples.counted_probs is None:
+        return result
+    loss, *aux = result if options.return_aux else (result,)
+    loss = check_targets(loss, targets, tuple(class_axes))
+    return (loss, *aux) if aux else loss
 
 
 def checked_options(

@@ -32,6 +32,7 @@ def describe(x: Any) -> str:
 _ELSEWHERE = {
     "dim": "axis", "input": "logits", "labels": "targets", "target": "targets", "y_pred": "logits", "y_true": "targets",
     "class_weight": "class_weights", "weight": "class_weights", "mask": "weights", "sample_weight": "weights",
+    "example_weights": "weights", "loss_mask": "weights", "loss_weights": "weights", "padding_mask": "weights",
     "ignore_class": "ignore_index", "ignore_idx": "ignore_index", "ignore_label": "ignore_index",
     "label_smoothing_factor": "label_smoothing", "softcap": "logit_softcap",
     "lse_square_scale": "z_loss", "z_loss_weight": "z_loss",
@@ -64,6 +65,8 @@ def keywords(function: str, given: Iterable[str], known: Collection[str], of_los
             hint = ours
         elif ours in known:
             hint = f"Its name here is {ours}."
+        elif ours == "axis" and "kernel" in known:
+            hint = "Features are on the last axis of hidden; vocab_axis says which axis of the kernel is the classes."
         elif ours == "weights" and "ids" in known:
             hint = "A mask of the examples that count is where=; log-probabilities have no weights."
         elif ours == "ignore_index" and "weights" in known:
@@ -72,7 +75,7 @@ def keywords(function: str, given: Iterable[str], known: Collection[str], of_los
             of_labels = "linear_cross_entropy" if "kernel" in known else "softmax_cross_entropy"
             hint = f"Use jaxce.{of_labels}, which has {ours}."
         elif nearest := _nearest(name, known):
-            hint = f"Its name here is {nearest}."
+            hint = f"Did you mean {nearest}?"
         else:
             hint = f"There are {', '.join(sorted(known))}."
         fail(TypeError, name, f"an argument of {function}", "an unexpected keyword", hint)
@@ -131,6 +134,8 @@ def float_array(name: str, x: Any, targets: Any = None, targets_name: str = "tar
     array = as_array(x)
     if array.ndim == 0:
         fail(ValueError, name, "at least one axis, the classes", describe(array))
+    if getattr(array, "weak_type", False):  # as of jnp.full(shape, 0.5): under x64 it would become float64 on the way
+        array = jax.lax.convert_element_type(array, array.dtype)
     return array
 
 
@@ -146,7 +151,8 @@ def convert(name: str, x: Any, dtype: str = "jnp.float32") -> str:
         except TypeError:  # a list of traced numbers
             pass
     if isinstance(x, dict):
-        return f"Put it in the order of the classes: jnp.asarray([{name}[c] for c in range(V)])."
+        order = f"Put it in the order of the classes: jnp.asarray([{name}[c] for c in range(V)])."
+        return order if name == "class_weights" else ""
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
         return f"Convert it with {name}.astype({dtype})."
     return f"Convert it with jnp.asarray({name})." if _may_be_array(x) else ""
@@ -154,7 +160,8 @@ def convert(name: str, x: Any, dtype: str = "jnp.float32") -> str:
 
 def _may_be_array(x: Any) -> bool:
     """Whether `jnp.asarray` is likely to take it: a list, a number, another library's array or a column of a table."""
-    return isinstance(x, (list, tuple, int, float)) or hasattr(x, "__array__")
+    plain = isinstance(x, (list, tuple, int, float)) and not hasattr(x, "_fields")
+    return plain or hasattr(x, "__array__")
 
 
 def _swapped(name: str, x: Any, targets: Any, targets_name: str) -> str:
@@ -221,15 +228,20 @@ def ids(name: str, x: jax.Array, batch: tuple[int, ...]) -> None:
         fail(ValueError, name, expected, describe(x), "Ids are never broadcast.")
 
 
-def probabilities(name: str, x: Any, shape: tuple[int, ...], batch: tuple[int, ...] | None = None) -> None:
-    """`batch`: the shape of labels, if there could have been labels in place of probabilities."""
-    if jnp.shape(x) != shape:
+def probabilities(name: str, x: Any, shape: tuple[int, ...], class_axes: Sequence[int] = ()) -> None:
+    """`class_axes`: which they are, if there could have been labels in place of probabilities."""
+    if (given := jnp.shape(x)) == shape:
+        return
+    batch = tuple(n for i, n in enumerate(shape) if i not in class_axes)
+    padded = (1,) * (len(shape) - len(given)) + given
+    hint = ""
+    if class_axes and broadcastable(given, shape) and all(padded[a] == shape[a] for a in class_axes):
+        hint = f": jnp.broadcast_to({name}, {shape})"
+    elif class_axes:
         hint = "; class indices must have an integer dtype"
-        if jnp.shape(x) == batch:
-            hint += f": {name}.astype(int)"
-        elif broadcastable(jnp.shape(x), shape):
-            hint = f": jnp.broadcast_to({name}, {shape})"
-        fail(ValueError, name, f"shape {shape}", describe(x), f"Probabilities are never broadcast{hint}.")
+        if math.prod(given) == math.prod(batch):
+            hint += f": {name}.astype(int)" + (f".reshape({batch})" if given != batch else "")
+    fail(ValueError, name, f"shape {shape}", describe(x), f"Probabilities are never broadcast{hint}.")
 
 
 _LOOKED_AT = 2**16  # entries, of which a look takes microseconds
@@ -292,9 +304,12 @@ def example_weights(x: Any, batch: tuple[int, ...]) -> jax.Array:
 
 def temperature(x: Any, batch: tuple[int, ...]) -> jax.Array:
     array = _by_example("temperature", x, batch, "one number, or one per example", "")
-    here = not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
-    if here and not np.all((np.asarray(array) > 0) & np.isfinite(array)):
-        fail(ValueError, "temperature", "finite numbers > 0", describe(array) if array.ndim else str(array))
+    if not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True):
+        values = np.asarray(array)
+        wrong = values[~((values > 0) & np.isfinite(values))]
+        if wrong.size:
+            got = f"{wrong[0]} in {describe(array)}" if array.ndim else str(array)
+            fail(ValueError, "temperature", "finite numbers > 0", got)
     return array
 
 

@@ -34,10 +34,14 @@ def check_labels(known: Array, labels: Array, num_classes: int) -> Array:
     return checked
 
 
-def check_targets(probs: Array, axes: tuple[int, ...]) -> Array:
-    """Probability targets, which are looked at under checkify alone."""
+def check_targets(loss: Array, probs: Array, axes: tuple[int, ...]) -> Array:
+    """The loss, with probability targets that are looked at under checkify alone.
+
+    It is the loss that passes through: of the targets, a rule that keeps them would keep what came out of here, beside
+    what went in.
+    """
     _register_rules()
-    checked: Array = _targets_p.bind(probs, axes=axes)
+    checked: Array = _targets_p.bind(loss, probs, axes=axes)
     return checked
 
 
@@ -56,8 +60,11 @@ def _with_tangents(primals: Any, tangents: Any, **params: Any) -> tuple[Array, A
     return check_targets(*primals, **params), tangents[0]
 
 
-def _batched(args: tuple[Array], dims: tuple[int], *, axes: tuple[int, ...]) -> tuple[Array, int]:
-    return check_targets(args[0], tuple(a + (a >= dims[0]) for a in axes)), dims[0]
+def _batched(args: tuple[Array, Array], dims: tuple[Any, Any], *, axes: tuple[int, ...]) -> tuple[Array, Any]:
+    of_loss, of_probs = dims
+    if of_probs is not None:
+        axes = tuple(a + (a >= of_probs) for a in axes)
+    return check_targets(*args, axes), of_loss
 
 
 ad.primitive_jvps[_targets_p] = _with_tangents
@@ -65,14 +72,14 @@ batching.primitive_batchers[_targets_p] = _batched
 
 
 def _checkify_targets(internals: Any, *args: Any, axes: tuple[int, ...]) -> tuple[Any, Array]:
-    *context, error, enabled_errors, probs = args
+    *context, error, enabled_errors, loss, probs = args
     if internals.FailedCheckError in enabled_errors and probs.size:
         message = "targets: expected probabilities >= 0; got entries from {least} to {largest}. " + LIKE_LOGITS
         ends = {"least": jnp.min(probs), "largest": jnp.max(probs)}
         failure = internals.FailedCheckError(internals.get_traceback(), message, **ends)
         wrong = like_logits(probs.astype(jnp.float32), axes, jnp, probs.dtype)
         error = internals.assert_func(*context, error, jnp.any(wrong), failure)
-    return error, probs
+    return error, loss
 
 
 def _checkify_rule(internals: Any, *args: Any, num_classes: int) -> tuple[Any, Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce import checks
-from jaxce.arguments import Examples, Options, Shared, checked
+from jaxce.arguments import Examples, Options, Shared, checked, with_targets_checked
 from jaxce.compose import compose, usable_probs, who_counts
 from jaxce.layout import classes_last, sharded_alike
 from jaxce.lookup import pick
@@ -78,8 +78,8 @@ def cross_entropy_from_probs(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    loss: Array = _loss(probs, examples, shared, axes=axes, options=options)
-    return loss
+    loss = _loss(probs, examples, shared, axes=axes, options=options)
+    return cast(Array, with_targets_checked(loss, targets, examples, axes, options))
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))

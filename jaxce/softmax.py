@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxce import autodiff, checks, types
-from jaxce.arguments import Examples, Options, Shared, checked, of_nll, of_terms
+from jaxce.arguments import Examples, Options, Shared, checked, of_nll, of_terms, with_targets_checked
 from jaxce.compose import Counts, CrossEntropyAux, compose, usable_probs, usable_temperature, who_counts
 from jaxce.gradient import factors, gradient, without_unused_tail
 from jaxce.layout import class_count, classes_last, sharded_alike
@@ -233,8 +233,10 @@ def _checked_loss(
     )
     checks.split_over("logits", logits, constants.axis_name, "classes")
     checks.split_over("logits", logits, constants.batch_axis_name, "examples")
-    result: Array | tuple[Array, CrossEntropyAux] = _loss(logits, examples, shared, axes=axes, options=constants)
-    return result
+    result = _loss(logits, examples, shared, axes=axes, options=constants)
+    return cast(
+        "Array | tuple[Array, CrossEntropyAux]", with_targets_checked(result, targets, examples, axes, constants)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "options"))

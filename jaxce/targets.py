@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,17 +59,18 @@ Targets = ArrayLike | SparseTargets
 
 def sort_by_kind(
     targets: Any,
-    batch: tuple[int, ...],
     full: tuple[int, ...],
+    class_axes: Sequence[int],
     dtype: DTypeLike,
     ignore_index: int | None,
     name: str = "targets",
 ) -> tuple[Array | None, Array | None, int | None]:
-    """Checks `targets` against logits of this dtype and of shape `full`, `batch` without the class axes.
+    """Checks `targets` against logits of this dtype and of shape `full`.
 
     Class indices are indices `[..., K]` with probs `[..., K]` or None (1 each); probabilities are probs alone, shaped
     as logits. The last result is the number that ignored labels have in the first.
     """
+    batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
     if isinstance(targets, SparseTargets):
         return checked_sparse("targets", targets, batch, full, dtype, ignore_index)
     if isinstance(targets, Ids):
@@ -79,7 +81,7 @@ def sort_by_kind(
         indices, ignored = class_indices(name, targets, ignore_index)
         one_hot = f"If these are one-hot labels, make them floats: {name}.astype(logits.dtype)."
         if name == "labels":
-            one_hot = "One-hot labels go to jaxce.softmax_cross_entropy, as floats: labels.astype(logits.dtype)."
+            one_hot = "One-hot labels are for jaxce.softmax_cross_entropy, as floats: labels.astype(logits.dtype)."
         checks.indices(name, indices, batch, full, one_hot=one_hot)
         return indices[..., None], None, ignored
     if not checks.is_array(targets) or not jnp.issubdtype(jnp.result_type(targets), jnp.floating):
@@ -88,7 +90,7 @@ def sort_by_kind(
             hint = checks.convert(name, targets, "int")
         expected = "class indices (integers), probabilities (floats) or jaxce.SparseTargets"
         checks.fail(TypeError, name, expected, checks.describe(targets), hint)
-    checks.probabilities(name, targets, full, batch)
+    checks.probabilities(name, targets, full, class_axes)
     probs = checks.float_array(name, targets)
     if ignore_index is not None:
         hint = "Give the examples to leave out weight 0: weights=mask."

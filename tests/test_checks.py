@@ -44,6 +44,7 @@ def keys(*shape: int) -> jax.Array:
 LOGITS_CASES = {
     "list": Wrong(lambda: loss([[0.0, 1.0, 2.0]] * 2), TypeError, "logits", "array of floats", "list", "jnp.asarray"),
     "none": Wrong(lambda: loss(None), TypeError, "logits", "array of floats", "NoneType"),
+    "dict": Wrong(lambda: loss({"logits": LOGITS}), TypeError, "logits", "array of floats", "dict", "^$"),
     "string": Wrong(lambda: loss("x"), TypeError, "logits", "array of floats", "str"),
     "string array": Wrong(lambda: loss(np.full((2, 3), "a")), TypeError, "logits", "array of floats", "<U1"),
     "object array": Wrong(lambda: loss(LOGITS.astype(object)), TypeError, "logits", "array of floats", "object"),
@@ -99,7 +100,36 @@ TARGETS_CASES = {
     ),
     "probabilities [V]": Wrong(lambda: loss(targets=PROBS[0]), ValueError, "targets", r"\(2, 3\)", r"\(3,\)", "never"),
     "labels as floats": Wrong(
-        lambda: loss(targets=LABELS.astype(np.float32)), ValueError, "targets", r"\(2, 3\)", r"\(2,\)", "integer dtype"
+        lambda: loss(targets=LABELS.astype(np.float32)),
+        ValueError,
+        "targets",
+        r"\(2, 3\)",
+        r"\(2,\)",
+        r"integer dtype: targets\.astype\(int\)\.$",
+    ),
+    "labels [B, 1] as floats": Wrong(  # to broadcast these would give a loss, a wrong one
+        lambda: loss(targets=LABELS[:, None].astype(np.float32)),
+        ValueError,
+        "targets",
+        r"\(2, 3\)",
+        r"\(2, 1\)",
+        r"integer dtype: targets\.astype\(int\)\.reshape\(\(2,\)\)\.$",
+    ),
+    "labels [B, 1] as floats, linear": Wrong(
+        lambda: jaxce.linear_cross_entropy(LOGITS, np.ones((3, 4), np.float32), LABELS[:, None].astype(np.float32)),
+        ValueError,
+        "targets",
+        r"\(2, 4\)",
+        r"\(2, 1\)",
+        r"integer dtype: targets\.astype\(int\)\.reshape\(\(2,\)\)\.$",
+    ),
+    "labels [1, B] as floats, classes first": Wrong(
+        lambda: loss(targets=np.ones((1, 3), np.float32), axis=0),
+        ValueError,
+        "targets",
+        r"\(2, 3\)",
+        r"\(1, 3\)",
+        r"integer dtype: targets\.astype\(int\)\.reshape\(\(3,\)\)\.$",
     ),
 }
 
@@ -149,7 +179,7 @@ SPARSE_CASES = {
         "targets.probs",
         r"shape \(2, 1\)",
         r"shape \(2,\)",
-        "never broadcast",
+        r"never broadcast\.$",
     ),
     "probs of another K": Wrong(
         lambda: loss(targets=SparseTargets(LABELS[:, None], PROBS)),
@@ -279,7 +309,7 @@ SCALAR_CASES = {
         ValueError,
         "temperature",
         "> 0",
-        "float32",
+        r"-1\.0 in float32",
     ),
     "temperature by class": Wrong(
         lambda: loss(temperature=jnp.ones(7)), ValueError, "temperature", "broadcasts to the batch shape", r"\(7,\)"
@@ -353,6 +383,7 @@ INTEGER_LABELS_CASES = {
         "labels",
         "integers",
         "SparseTargets",
+        "jaxce.softmax_cross_entropy",
     ),
     "list": Wrong(
         lambda: jaxce.softmax_cross_entropy_with_integer_labels(LOGITS, [0, 1]), TypeError, "labels", "integers", "list"
@@ -447,6 +478,10 @@ LINEAR_CASES = {
     "memory_budget small": Wrong(
         lambda: linear(memory_budget=0), ValueError, "memory_budget", r"at least [\d,]+ bytes", "0", "Fewer tokens"
     ),
+    "a precision that nobody has": Wrong(
+        lambda: linear(precision="best"), ValueError, "precision", "jax.lax.Precision", "'best'", "dot_general"
+    ),
+    "precision 1": Wrong(lambda: linear(precision=1), ValueError, "precision", "'highest'", "1, int32"),
     "autodiff with a mode": Wrong(
         lambda: linear(implementation="autodiff", mode="recompute"),
         ValueError,
@@ -598,7 +633,7 @@ ADVICE_CASES = {
         "labels",
         "shape",
         "int32",
-        r"go to jaxce\.softmax_cross_entropy, as floats: labels\.astype",
+        r"for jaxce\.softmax_cross_entropy, as floats: labels\.astype",
     ),
     "one distribution for all": Wrong(
         lambda: loss(targets=np.full(3, 1 / 3, np.float32)),
@@ -624,6 +659,14 @@ ADVICE_CASES = {
         "unexpected",
         r"Its name here is weights\.",
     ),
+    "an axis of the linear loss": Wrong(
+        lambda: jaxce.linear_cross_entropy(LOGITS, np.ones((3, 4), np.float32), LABELS, axis=-1),
+        TypeError,
+        "axis",
+        "argument of",
+        "unexpected",
+        r"vocab_axis says which axis of the kernel",
+    ),
     "a longer name": Wrong(
         lambda: loss(z_loss_weight=1e-4), TypeError, "z_loss_weight", "argument of", "unexpected", r"is z_loss\."
     ),
@@ -636,6 +679,8 @@ NAMES = {
     "mask": "weights",
     "ignore_label": "ignore_index",
     "label_smoothing_factor": "label_smoothing",
+    "example_weights": "weights",
+    "padding_mask": "weights",
     "logits_softcap": "logit_softcap",
     "reducton": "reduction",
     "target": "targets",
@@ -651,7 +696,12 @@ WORDS = {
 ELSEWHERE_CASES = {
     **{
         name: Wrong(
-            lambda name=name: loss(**{name: 0}), TypeError, name, "softmax_cross_entropy", "unexpected", f"is {ours}"
+            lambda name=name: loss(**{name: 0}),
+            TypeError,
+            name,
+            "softmax_cross_entropy",
+            "unexpected",
+            rf"(name here is|mean) {ours}[.?]$",
         )
         for name, ours in NAMES.items()
     },

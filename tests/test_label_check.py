@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +153,26 @@ def test_it_is_a_user_check_among_the_others():
     assert checkify.checkify(loss, errors=checkify.float_checks)(LOGITS, labels(0, 1, 2, 3))[0].get() is None
     assert "targets: label" in checkify.checkify(loss, errors=checkify.all_checks)(LOGITS, bad)[0].get()
     assert checkify.checkify(loss, errors=checkify.index_checks)(LOGITS, bad)[0].get() is None
+
+
+@pytest.mark.parametrize("kind", ["dense", "from_probs", "linear"])
+def test_the_check_of_targets_keeps_no_copy_of_them(kind):
+    """A scan over batches keeps what it makes for the backward pass of all of them: logits or probabilities at most."""
+    steps, N, D, classes = 8, 64, 16, 500
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+    loss_of = {
+        "dense": lambda h, kernel, t: loss(h @ kernel, t),
+        "from_probs": lambda h, kernel, t: jaxce.cross_entropy_from_probs(jnp.exp(h @ kernel), t, reduction="mean"),
+        "linear": lambda h, kernel, t: jaxce.linear_cross_entropy(h, kernel, t, mode="recompute", reduction="mean"),
+    }[kind]
+
+    def total(kernel, hidden, targets):
+        return jax.lax.scan(lambda c, x: (c + loss_of(x[0], kernel, x[1]), None), 0.0, (hidden, targets))[0]
+
+    shapes = struct((D, classes)), struct((steps, N, D)), struct((steps, N, classes))
+    program = jax.jit(jax.grad(total)).lower(*shapes).compile()
+    made = {"dense": 1, "from_probs": 3, "linear": 0}[kind]  # beside which there are arrays of one step
+    assert program.memory_analysis().temp_size_in_bytes < (made + 0.75) * steps * N * classes * 4
 
 
 def test_an_empty_batch():

@@ -420,9 +420,10 @@ def test_a_platform_by_name_and_one_that_nobody_knows(monkeypatch):
     assert chips.chip()[0] == "gpu"  # what it compiles
 
 
-def test_plain_jax_has_no_plan():
+@pytest.mark.parametrize("function", [plan_linear_cross_entropy, jaxce.tune_linear_cross_entropy])
+def test_plain_jax_has_no_plan(function):
     with pytest.raises(ValueError, match=r"implementation: expected 'xla' or 'pallas_tpu'.*It holds all the logits"):
-        plan_linear_cross_entropy(*shapes(8, 4, 10), implementation="autodiff")
+        function(*shapes(8, 4, 10), implementation="autodiff")
 
 
 def test_it_prints():

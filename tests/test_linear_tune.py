@@ -231,7 +231,10 @@ def test_it_is_refused_inside_of_jit():
         jax.make_jaxpr(lambda: jnp.int32(tune_linear_cross_entropy(*SHAPES, reduction="mean").block_v))()
 
 
-@pytest.mark.parametrize("change", [{"mode": "later"}, {"block_v": 0}, {"block_n": -1}, {"block_v": "8"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"mode": "later"}, {"block_v": 0}, {"block_n": -1}, {"block_v": "8"}, {"block_v": 4.5}, {"shape": [1, 2, 3.5]}],
+)
 def test_plans_of_another_version_are_refused(change):
     fields = json.loads(plan_linear_cross_entropy(*SHAPES).to_json()) | change
     with pytest.raises(ValueError, match="Make a new one"):

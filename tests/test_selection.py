@@ -50,3 +50,28 @@ def test_a_loss_has_no_function_for_each_select(loss):
     text = jax.jit(jax.value_and_grad(LOSSES[loss])).lower(LOGITS).as_text()
     assert "@_loss" in text  # it is a function of its own
     assert "@_where" not in text
+
+
+IDS, SPARSE = (
+    np.zeros((3, 2), np.int32),
+    jaxce.SparseTargets(np.zeros((3, 2), np.int32), np.full((3, 2), 0.5, np.float32)),
+)
+OF_LOGITS = {
+    "aux": lambda z: jaxce.softmax_cross_entropy(z, LABELS, return_aux=True),
+    "sparse": lambda z: jaxce.softmax_cross_entropy(z, SPARSE),
+    "where": lambda z: jaxce.softmax_cross_entropy(z, LABELS, where=WEIGHTS > 0),
+    "autodiff": lambda z: jaxce.softmax_cross_entropy(z, LABELS, where=WEIGHTS > 0, implementation="autodiff"),
+    "probabilities": lambda z: jaxce.softmax_cross_entropy(z, z, where=WEIGHTS > 0),
+    "log-probabilities": lambda z: jaxce.log_probs(z, IDS, return_aux=True),
+    "teacher": lambda z: jaxce.distillation_loss(z, SPARSE),
+    "report": lambda z: jaxce.diagnostics.summarize(z, LABELS),
+}
+
+
+@pytest.mark.parametrize("loss", OF_LOGITS)
+def test_logits_of_a_weak_type_are_of_their_type(loss):
+    """As those of `jnp.full` are, made before x64 was turned on; beside a number they would become float64."""
+    weak = jnp.full((3, 7), 0.5)
+    assert weak.weak_type
+    with jax.enable_x64(True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(*map(OF_LOGITS[loss], (weak, jnp.asarray(weak, np.float32))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Generic, Literal, Unpack, overload
+from typing import Any, Generic, Literal, Unpack, cast, overload
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from jax import Array
 from jax.lax import PrecisionLike
 
 from jaxce import checks, types
-from jaxce.arguments import Examples, Options, Projection, Shared, flat
+from jaxce.arguments import Examples, Options, Projection, Shared, flat, with_targets_checked
 from jaxce.compose import CrossEntropyAux
 from jaxce.linear import blocks, chips, mesh, recompute, store
 from jaxce.linear import plan as plans
@@ -203,10 +203,11 @@ def linear_cross_entropy(
         checked_linear(**arguments | {"memory_budget": None, "plan": None})  # these are for each device
         return mesh.over_mesh(linear_cross_entropy, explicit, arguments)
     projection, examples, shared, options, schedules, _ = checked_linear(**arguments)
-    result: Array | tuple[Array, CrossEntropyAux] = _loss(
-        projection, examples, shared, options=options, schedules=schedules
+    result = _loss(projection, examples, shared, options=options, schedules=schedules)
+    features = projection.hidden.ndim - 1  # the axis of the classes in targets
+    return cast(
+        "Array | tuple[Array, CrossEntropyAux]", with_targets_checked(result, targets, examples, (features,), options)
     )
-    return result
 
 
 @takes_variables
@@ -254,8 +255,6 @@ def plan_linear_cross_entropy(
       from a model, `jaxce.linear.costs`.
     """
     checks.one_of("platform", platform, (None, *plans.PLATFORMS))
-    if options.get("implementation") == "autodiff":
-        checks.fail(ValueError, "implementation", "'xla' or 'pallas_tpu'", "'autodiff'", "It holds all the logits.")
     given = {"hidden": hidden, "kernel": kernel, "targets": targets, "return_aux": return_aux, **options}
     problem = problem_of(**given, platform=platform)
     mode, memory_budget = options.get("mode"), options.get("memory_budget")
@@ -264,6 +263,8 @@ def plan_linear_cross_entropy(
 
 def problem_of(**arguments: Any) -> Problem:
     """What a plan depends on, from arrays or `jax.ShapeDtypeStruct`."""
+    if arguments.get("implementation") == "autodiff":
+        checks.fail(ValueError, "implementation", "'xla' or 'pallas_tpu'", "'autodiff'", "It holds all the logits.")
     arrays, constants = arrays_and_constants(arguments)
     found: list[Problem] = []
     jax.eval_shape(lambda arrays: found.append(checked_linear(**arrays, **constants)[-1]), arrays)

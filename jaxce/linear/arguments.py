@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, get_args
 
@@ -92,7 +93,15 @@ def checked_linear(
 
 def chosen_precision(precision: Any) -> Any:
     """What `jax.default_matmul_precision` says where the loss is called: its gradient may be traced elsewhere."""
-    return jax.config.jax_default_matmul_precision if precision is None else precision  # type: ignore[attr-defined]
+    if precision is None:
+        return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        jax.eval_shape(functools.partial(lax.dot, precision=precision), one, one)
+    except (ValueError, TypeError):
+        expected = "None, a jax.lax.Precision, or its name as 'highest'"
+        checks.fail(ValueError, "precision", expected, checks.describe(precision), "See jax.lax.dot_general.")
+    return precision
 
 
 def checked_projection(
