@@ -943,7 +943,8 @@ def step_of(case: Case, params: dict[str, np.ndarray], labels: Any, cot: dict[st
     bounded = bounded + masked(abs(ch)[:, None] * p * (4 * off[:, None] + eps * spread))
     bounded = bounded + masked(p * (2 * aw * z_loss * off)[:, None])
     magnitude = abs(cl) + abs(ch) * 100 + abs(b) + aw * (1 + z_loss * 1e3)
-    bounded = bounded + masked(np.ones((N, V)) * (8 * V * tiny * magnitude)[:, None])
+    # What is flushed to 0: terms before the row's cotangent multiplies them, and after.
+    bounded = bounded + masked(np.ones((N, V)) * (tiny * (8 * V * magnitude + np.sign(magnitude)))[:, None])
     if tempered:  # −Σ dz·z/T, where logits are given with z below the largest of them
         distance, largest = finite_below, np.where(bad, 0, lse.value - problem.softmax.log_sum)
         value = np.sum(dz * distance, -1) - largest * (cl + 2 * cts.loss * w_rows * z_loss * lse.value)
@@ -1225,7 +1226,8 @@ def second_derivatives(case: Case) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     D = params["hidden"].shape[-1] if case.function == "linear" else 0
     error_2 = curved * (2 * slack * eps + 6 * off[:, None] + 2 * (D + 2) * eps)
     magnitude = sum(abs(up(c)).max(initial=0) for c in case.cotangents.values())
-    error_2 = error_2 + 8 * V * float(np.finfo(case.dtype).smallest_normal) * magnitude * (1 + most)  # flushed to 0
+    tiny = float(np.finfo(case.dtype).smallest_normal)
+    error_2 = error_2 + tiny * (8 * V * magnitude * (1 + most) + np.sign(magnitude))  # flushed to 0
     h_step = 1e-3 / (1 + most.max(initial=0))
     ends = {}
     for i in (-2, -1, 1, 2):

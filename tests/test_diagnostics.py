@@ -339,6 +339,25 @@ def test_equal_logits_are_no_mistake(classes):
     assert said.endswith("the probabilities are too even.")
 
 
+@pytest.mark.parametrize("n", [64, 128, 1000])
+def test_equal_logits_are_not_worse_than_the_frequencies_of_a_sample(rng, n):
+    """Labels that are equally likely are not equally frequent, and only their frequencies beat 1/C."""
+    said = [diagnostics.report(np.zeros((n, 10), np.float32), y).findings[0] for y in rng.integers(0, 10, (100, n))]
+    worse = sum(sentence.startswith("Worse") for sentence in said)
+    assert worse <= 12  # χ² of 9 is above its mean by two deviations in 4 of 100; above 12 in fewer than 1 of 2000
+    assert sum(sentence.startswith("No better than guessing") for sentence in said) == 100 - worse
+
+
+@pytest.mark.parametrize("n", [1, 5, 10, 30])
+def test_few_examples_do_not_tell_of_calibration(rng, n):
+    """Of a model that is as often right as it says."""
+    logits = np.log(np.tile(np.array([[0.9, 0.1]], np.float32), (n, 1)))
+    wrong = rng.random((100, n)) < 0.1
+    said = [diagnostics.report(logits, y).findings for y in wrong.astype(np.int32)]
+    blamed = sum("confident: " in " ".join(findings) for findings in said)
+    assert blamed <= (15 if n > 1 else 0)  # two deviations of so few: 7 of 100 for 10 examples
+
+
 def test_small_logits_are_no_confident_mistakes(rng):
     """Nor are those of a model that has hardly begun: rare classes cost it what they cost everyone."""
     labels = (np.arange(500) % 10 == 0).astype(np.int32)
@@ -366,6 +385,12 @@ def test_says_when_logits_look_like_probabilities(rng):
     assert any("look like probabilities" in said for said in diagnostics.report(probs, labels).findings)
     for fine in (logits, np.log(probs)):
         assert not any("look like" in said for said in diagnostics.report(fine, labels).findings)
+
+
+def test_one_class_costs_nothing_to_guess():
+    found = diagnostics.report(jnp.ones((4, 3)), jnp.zeros(4, jnp.int32))
+    assert "-0.0" not in str(found)
+    assert math.copysign(1, found.per_class[0].chance) == 1
 
 
 def test_says_which_labels_never_occur():
@@ -431,6 +456,7 @@ def test_what_cannot_be_known_is_nan(rng, spoil, cause):
     assert found.costliest[0].index == 3
     assert "The loss is NaN" in found.findings[0]
     assert cause in found.findings[0]
+    assert not any("never predicted" in said for said in found.findings)
     json.dumps(found.to_dict(), allow_nan=False)
     assert math.isnan(diagnostics.brier(logits, labels, weights=weights))
     assert math.isnan(diagnostics.calibration(logits, labels, weights=weights).expected_error)

@@ -46,14 +46,16 @@ def _chance(report: Any) -> str:
     if report.classes == 1 or math.isnan(report.standard_error):  # one example says nothing of it
         return ""
     # The frequencies of few labels tell too much of these very labels: of K classes among n, about (K − 1)/2n (Miller
-    # 1955), and of one class alone, all.
-    known = sum(c.count > 0 for c in report.per_class) - 1 <= 2 * KNOWN * report.effective_examples
-    guess = (known and report.prior_chance) or report.chance
+    # 1955), and of one class alone, all. 2n times what they tell is distributed as χ² of K − 1.
+    fitted, twice = sum(c.count > 0 for c in report.per_class) - 1, 2 * report.effective_examples
+    known = fitted <= KNOWN * twice and report.prior_chance
+    guess = report.prior_chance if known else report.chance
+    told = (fitted + 2 * math.sqrt(2 * fitted)) / twice if known else 0
     how = "guessing with the class frequencies" if guess < 0.99 * report.chance else "guessing"
     beaten = guess - report.loss
     beside = f"loss {report.loss:.4g}, guessing {guess:.4g}"
     margin = max(2 * report.standard_error, 1e-3 * guess)
-    if beaten < -margin:
+    if beaten < -margin - told:
         confident = report.loss > report.chance + margin or report.confidence > report.accuracy + CALIBRATION_MARGIN
         why = "confident mistakes cost more than the rest gains" if confident else "the probabilities are too even"
         return f"Worse than {how} ({beside}): {why}."
@@ -93,11 +95,14 @@ def _few(report: Any) -> str:
 
 
 def _confidence(report: Any) -> str:
-    if _uniform(report):  # the first of equals is right by chance, and no temperature changes that
+    # The first of equals is right by chance, and no temperature changes that; one example says nothing of it.
+    if _uniform(report) or math.isnan(report.standard_error):
         return ""
     gap = report.confidence - report.accuracy
-    # The share of hits among n examples is itself known to within its standard error only.
-    noise = 2 * math.sqrt(max(report.accuracy * (1 - report.accuracy), 0) / report.effective_examples)
+    # The share of hits among n examples is itself known to within its standard error only: that of hits which are as
+    # likely as the model says, or as frequent as they were.
+    variance = max(p * (1 - p) for p in (report.accuracy, report.confidence))
+    noise = 2 * math.sqrt(max(variance, 0) / report.effective_examples)
     if abs(gap) <= max(CALIBRATION_MARGIN, noise):
         return ""
     kind = "Overconfident" if gap > 0 else "Underconfident"
@@ -113,7 +118,7 @@ def _absent(report: Any) -> str:
 
 
 def _never_predicted(report: Any) -> str:
-    if _uniform(report):  # of equals, only the first is
+    if _uniform(report) or math.isnan(report.accuracy):  # of equals, or of NaN, only the first is
         return ""
     names = [c.name for c in report.per_class if c.count and c.predicted == 0]
     return f"Classes that are never predicted: {_listed(names)}." if names else ""

@@ -132,7 +132,7 @@ class Report:
                 f"{self.loss:.4f}{within} nats: {self.bits:.4f} bits, perplexity {self.perplexity:.4g}",
             ),
             ("guessing", f"{self.chance:.4f} uniformly, {self.prior_chance:.4f} with the class frequencies"),
-            ("skill", f"{self.skill:.4f} and {self.prior_skill:.4f} (0 is guessing, 1 is perfect)"),
+            ("skill", f"{self.skill:z.4f} and {self.prior_skill:z.4f} (0 is guessing, 1 is perfect)"),
             ("accuracy", f"{self.accuracy:.2%}, at least {self.accuracy_bound:.2%} at this loss"),
             *((f"top-{k}", f"{share:.2%}") for k, share in self.top_k.items()),
             ("loss if right", f"{self.right_loss:.4f}"),
@@ -225,8 +225,8 @@ def finish(summary: Summary, *, class_names: Sequence[str] | None = None) -> Rep
         variance = np.maximum(s.loss_squares / weight - loss**2, 0)
         error = np.sqrt(variance / (effective - 1)) if effective > 1 + 1e-6 else math.nan  # float32 has no more digits
         frequency = s.class_weight / weight
-        surprise = -np.log(frequency)
-        prior_chance = float(np.sum(np.where(frequency == 0, 0, frequency * surprise))) + 0.0
+        surprise = -np.log(frequency) + 0.0  # not -0.0 where there is one class
+        prior_chance = float(np.sum(np.where(frequency == 0, 0, frequency * surprise)))
         chance = math.log(size)
         reliability = s.calibration
         gap = np.abs(reliability.confidences - reliability.hits)
