@@ -20,17 +20,17 @@ from jaxce.primitives import Primitive
 from jaxce.selection import select
 
 MESSAGE = (
-    "targets: label {label} is not one of the {num_classes} classes, 0 to num_classes-1. "
+    " {label} is not one of the {num_classes} classes, 0 to num_classes-1. "
     "If it marks examples to leave out, pass ignore_index={label}."
 )
 
 _check_p, _targets_p = Primitive("check_labels"), Primitive("check_targets")
 
 
-def check_labels(known: Array, labels: Array, num_classes: int) -> Array:
-    """`known`, which says of each label whether it is a class (or does not matter)."""
+def check_labels(known: Array, labels: Array, num_classes: int, what: str) -> Array:
+    """`known`, which says of each label whether it is a class (or does not matter). `what`: argument and kind."""
     _register_rules()
-    checked: Array = _check_p.bind(known, labels, num_classes=num_classes)
+    checked: Array = _check_p.bind(known, labels, num_classes=num_classes, what=what)
     return checked
 
 
@@ -82,12 +82,12 @@ def _checkify_targets(internals: Any, *args: Any, axes: tuple[int, ...]) -> tupl
     return error, loss
 
 
-def _checkify_rule(internals: Any, *args: Any, num_classes: int) -> tuple[Any, Array]:
+def _checkify_rule(internals: Any, *args: Any, num_classes: int, what: str) -> tuple[Any, Array]:
     *context, error, enabled_errors, known, labels = args  # JAX 0.12 hands on a context first
     if internals.FailedCheckError in enabled_errors and known.size:
         label = jnp.max(select(known, jnp.iinfo(labels.dtype).min, labels))  # one of those that are none
         failure = internals.FailedCheckError(
-            internals.get_traceback(), MESSAGE, label=label, num_classes=jnp.asarray(num_classes)
+            internals.get_traceback(), what + MESSAGE, label=label, num_classes=jnp.asarray(num_classes)
         )
         error = internals.assert_func(*context, error, ~jnp.all(known), failure)
     return error, known

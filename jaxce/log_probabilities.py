@@ -204,7 +204,7 @@ def composed(
         ignored = indices == options.ignore_index
     idle = ignored | counts.unused[..., None]
     terms = jax.tree.map(lambda x: zero_if_too_large(x, counts.unused), terms)
-    known = nan_where_unknown(indices, num_classes, idle).astype(terms.target.dtype)
+    known = nan_where_unknown(indices, num_classes, idle, "ids: id").astype(terms.target.dtype)
     log_p = select(idle, 0, 0 - terms.target * known)
     if not options.return_aux:
         return log_p

@@ -174,11 +174,11 @@ def class_weight_at(class_weights: Array, indices: Array, axis_name: AxisNames =
     return sum_over(select(here, found, jnp.zeros_like(found)), axis_name)
 
 
-def nan_where_unknown(indices: Array, num_classes: int, unused: Array) -> Array:
+def nan_where_unknown(indices: Array, num_classes: int, unused: Array, what: str = "targets: label") -> Array:
     """A factor for −log p at each index: 1, or NaN for a label that is no class and is used.
 
     A factor and not a select, so that the gradient of such a row is NaN too.
     """
     known = is_class(indices, num_classes) | unused
-    known = check_labels(known, indices, num_classes)
+    known = check_labels(known, indices, num_classes, what)
     return select(known, 1.0, jnp.nan)

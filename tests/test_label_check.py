@@ -114,6 +114,12 @@ def test_every_public_function_checks():
         assert f"label {V} is not one of the {V} classes" in error.get(), function.__name__
 
 
+def test_ids_are_called_ids():
+    for f in jaxce.log_probs, lambda z, ids: jaxce.linear_log_probs(z, np.eye(V, dtype=np.float32), ids):
+        error, _ = checkify.checkify(f)(LOGITS, labels(0, 1, V, 2))
+        assert error.get().startswith(f"ids: id {V} is not one of the {V} classes")
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_logits_in_place_of_targets(transform):
     check = jax.jit(checkify.checkify(TRANSFORMS[transform]()))
