@@ -134,7 +134,8 @@ def float_array(name: str, x: Any, targets: Any = None, targets_name: str = "tar
     array = as_array(x)
     if array.ndim == 0:
         fail(ValueError, name, "at least one axis, the classes", describe(array))
-    if getattr(array, "weak_type", False):  # as of jnp.full(shape, 0.5): under x64 it would become float64 on the way
+    if getattr(array, "weak_type", False) and array.dtype != jnp.result_type(float):
+        # As of jnp.full(shape, 0.5), made before x64 was turned on: beside a Python number it would become float64.
         array = jax.lax.convert_element_type(array, array.dtype)
     return array
 
