@@ -156,7 +156,7 @@ def checked_options(
     implementations: tuple[str, ...] = get_args(Implementation),
 ) -> tuple[Examples, Shared, Options]:
     """The same without targets."""
-    batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
+    batch = checks.batch_shape(full, class_axes)
     if where is not None:
         where = checks.where_mask(where, full, batch, class_axes)
     checks.scalar("label_smoothing", label_smoothing, 0, 1)

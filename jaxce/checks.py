@@ -196,6 +196,11 @@ def class_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     return axes
 
 
+def batch_shape(full: Sequence[int], class_axes: Sequence[int]) -> tuple[int, ...]:
+    """The shape of logits without their class axes."""
+    return tuple(n for i, n in enumerate(full) if i not in class_axes)
+
+
 def num_classes(name: str, size: int) -> None:
     if size == 0:
         fail(ValueError, name, "at least one class", "a class axis of length 0")
@@ -233,7 +238,7 @@ def probabilities(name: str, x: Any, shape: tuple[int, ...], class_axes: Sequenc
     """`class_axes`: which they are, if there could have been labels in place of probabilities."""
     if (given := jnp.shape(x)) == shape:
         return
-    batch = tuple(n for i, n in enumerate(shape) if i not in class_axes)
+    batch = batch_shape(shape, class_axes)
     padded = (1,) * (len(shape) - len(given)) + given
     hint = ""
     if class_axes and broadcastable(given, shape) and all(padded[a] == shape[a] for a in class_axes):

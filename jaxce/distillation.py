@@ -325,7 +325,7 @@ def top_k_loss(
     `log_probs_of` is told which rows are unused, beside the arguments of `log_probs`. `full` and `class_axes` are those
     of the student's logits, whose dtype it is. The batch is sharded as in `like`.
     """
-    batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
+    batch = checks.batch_shape(full, class_axes)
     indices, probs, _ = checked_sparse(name, teacher, batch, full, dtype)
     if options["teacher_logit_softcap"] is not None:
         given = repr(options["teacher_logit_softcap"])

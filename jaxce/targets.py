@@ -70,7 +70,7 @@ def sort_by_kind(
     Class indices are indices `[..., K]` with probs `[..., K]` or None (1 each); probabilities are probs alone, shaped
     as logits. The last result is the number that ignored labels have in the first.
     """
-    batch = tuple(n for i, n in enumerate(full) if i not in class_axes)
+    batch = checks.batch_shape(full, class_axes)
     if isinstance(targets, SparseTargets):
         return checked_sparse("targets", targets, batch, full, dtype, ignore_index)
     if isinstance(targets, Ids):

@@ -52,10 +52,8 @@ def test_a_loss_has_no_function_for_each_select(loss):
     assert "@_where" not in text
 
 
-IDS, SPARSE = (
-    np.zeros((3, 2), np.int32),
-    jaxce.SparseTargets(np.zeros((3, 2), np.int32), np.full((3, 2), 0.5, np.float32)),
-)
+IDS = np.zeros((3, 2), np.int32)
+SPARSE = jaxce.SparseTargets(IDS, np.full((3, 2), 0.5, np.float32))
 OF_LOGITS = {
     "aux": lambda z: jaxce.softmax_cross_entropy(z, LABELS, return_aux=True),
     "sparse": lambda z: jaxce.softmax_cross_entropy(z, SPARSE),

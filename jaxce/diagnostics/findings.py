@@ -101,8 +101,8 @@ def _confidence(report: Any) -> str:
     gap = report.confidence - report.accuracy
     # The share of hits among n examples is itself known to within its standard error only: that of hits which are as
     # likely as the model says, or as frequent as they were.
-    variance = max(p * (1 - p) for p in (report.accuracy, report.confidence))
-    noise = 2 * math.sqrt(max(variance, 0) / report.effective_examples)
+    variance = max(0, *(p * (1 - p) for p in (report.accuracy, report.confidence)))
+    noise = 2 * math.sqrt(variance / report.effective_examples)
     if abs(gap) <= max(CALIBRATION_MARGIN, noise):
         return ""
     kind = "Overconfident" if gap > 0 else "Underconfident"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -95,13 +96,20 @@ def chosen_precision(precision: Any) -> Any:
     """What `jax.default_matmul_precision` says where the loss is called: its gradient may be traced elsewhere."""
     if precision is None:
         return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    try:
-        jax.eval_shape(functools.partial(lax.dot, precision=precision), one, one)
-    except (ValueError, TypeError):
+    if not (isinstance(precision, Hashable) and _is_precision(precision)):
         expected = "None, a jax.lax.Precision, or its name as 'highest'"
         checks.fail(ValueError, "precision", expected, checks.describe(precision), "See jax.lax.dot_general.")
     return precision
+
+
+@functools.cache
+def _is_precision(x: Any) -> bool:
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        jax.eval_shape(functools.partial(lax.dot, precision=x), one, one)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def checked_projection(

@@ -140,8 +140,8 @@ class LinearPlan:
             fields = json.loads(text)
             timings = tuple(Timing(**timing) for timing in fields.pop("timings"))
             plan = cls(**fields | {"shape": tuple(fields["shape"]), "timings": timings})
-            numbers = *plan.shape, plan.block_n, plan.block_v - 1
-            if plan.mode not in METHODS or not all(isinstance(n, int) and n >= 0 for n in numbers):
+            whole = all(isinstance(n, int) and n >= 0 for n in (*plan.shape, plan.block_n, plan.block_v))
+            if plan.mode not in METHODS or not whole or plan.block_v == 0:
                 raise ValueError(f"mode {plan.mode!r}, blocks of {plan.block_n} tokens and {plan.block_v} classes")
             return plan
         except (ValueError, TypeError, KeyError, AttributeError) as error:
