@@ -74,6 +74,7 @@ ORDER = [
     "jaxce.examples.common",
     "jaxce.examples.cifar10",
     "jaxce.examples.cifar10.data",
+    "jaxce.examples.cifar10.convolution",
     "jaxce.examples.cifar10.model",
     "jaxce.examples.cifar10.checkpoint",
     "jaxce.examples.cifar10.training",

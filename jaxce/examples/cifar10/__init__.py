@@ -10,7 +10,7 @@
 CIFAR-10 (the official binary version, 162 MB) is downloaded when --data-dir does not hold it;
 without a network the program trains on scikit-learn's digits instead. It prints a row per epoch
 and, at the end, a report of what the loss on the test images means; it writes curves.png,
-report.png, history.json, report.json and checkpoint/ to --output-dir.
+report.png, confusion.png, history.json, report.json and checkpoint/ to --output-dir.
 
 Needs the extra: pip install "jaxce[examples]"
 """

@@ -1,7 +1,8 @@
 """The networks of the CIFAR-10 example, and what is done to a batch before they see it.
 
 Both networks take uint8 images of any number of channels and a side divisible by 8, channels last. They follow
-airbench (Jordan 2024, arXiv:2404.00498), which learns CIFAR-10 in few epochs.
+airbench (Jordan 2024, arXiv:2404.00498), which learns CIFAR-10 in few epochs. Inside, channels come first and
+images last, ``[C, H, W, N]``, as ``convolve`` wants them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 import jaxce
+from jaxce.examples.cifar10.convolution import convolve
 
 WHITENING_IMAGES = 5000
 
@@ -42,14 +44,14 @@ def whitening_filters(images: np.ndarray, side: int, components: int, noise: flo
 
 
 def identity_first(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype) -> jax.Array:
-    """A kernel ``[3, 3, inputs, outputs]`` whose first outputs are the inputs; those beyond are random.
+    """A kernel ``[outputs, 3, 3, inputs]`` whose first outputs are the inputs; those beyond are random.
 
     So a deep network begins as a shallow one.
     """
-    *_, inputs, outputs = shape
-    kernel = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
-    same = jnp.zeros(shape, dtype).at[1, 1].set(jnp.eye(inputs, outputs, dtype=dtype))
-    return jnp.where(jnp.arange(outputs) < inputs, same, kernel)
+    outputs, *_, inputs = shape
+    kernel = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=-1, out_axis=0)(key, shape, dtype)
+    same = jnp.zeros(shape, dtype).at[:, 1, 1].set(jnp.eye(outputs, inputs, dtype=dtype))
+    return jnp.where(jnp.arange(outputs)[:, None, None, None] < inputs, same, kernel)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
@@ -58,8 +60,8 @@ def max_pool(x: jax.Array) -> jax.Array:
     A max over a reshaped axis has a gradient of plain selections, where that of a pooling window
     is a scatter; on CPU this shortens the whole training step by a quarter.
     """
-    n, height, width, channels = x.shape
-    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+    channels, height, width, n = x.shape
+    return x.reshape(channels, height // 2, 2, width // 2, 2, n).max(axis=(2, 4))
 
 
 class ConvBlock(nnx.Module):
@@ -70,12 +72,12 @@ class ConvBlock(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, pool: bool, rngs: nnx.Rngs) -> None:
-        self.conv = nnx.Conv(inputs, outputs, (3, 3), use_bias=False, kernel_init=identity_first, rngs=rngs)
-        self.norm = nnx.BatchNorm(outputs, momentum=0.9, use_scale=False, rngs=rngs)
+        self.kernel = nnx.Param(identity_first(rngs.params(), (outputs, 3, 3, inputs), jnp.float32))
+        self.norm = nnx.BatchNorm(outputs, axis=0, momentum=0.9, use_scale=False, rngs=rngs)
         self.pool = pool
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.conv(x)
+        x = convolve(x, self.kernel[...])
         if self.pool:
             x = max_pool(x)
         return nnx.gelu(self.norm(x))
@@ -96,13 +98,13 @@ class Network(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         strides = (self.stride, self.stride)
-        layout = ("NHWC", "HWIO", "NHWC")
+        layout = ("NHWC", "HWIO", "CHWN")
         x = jax.lax.conv_general_dilated(scaled(images), self.filters[...], strides, "SAME", dimension_numbers=layout)
         x = nnx.gelu(x)
         for block in self.blocks:
             x = block(x)
         # Small logits: before it has seen anything, the network should be guessing.
-        return self.head(x.max(axis=(1, 2))) / 9
+        return self.head(x.max(axis=(1, 2)).T) / 9
 
 
 def small_network(images: np.ndarray, width: int, classes: int, rngs: nnx.Rngs) -> Network:

@@ -80,10 +80,11 @@ def run(
     reports.write_history(output_dir / "history.json", about, progress.start_loss, rows)
     report, confusion = trainer.report()
     reports.write_report(output_dir, report)
+    reports.plot_confusion(output_dir / "confusion.png", confusion, [c.name for c in report.per_class])
     console.print(
         f"\nWhat the loss on the {len(data.test_labels):,} test images means\n\n{report}\n\n"
         f"{reports.in_words(report, confusion)}\n\n"
-        f"Pictures to look at: {output_dir / 'curves.png'} and {output_dir / 'report.png'}; beside them history.json, "
+        f"Pictures to look at in {output_dir}: curves.png, report.png and confusion.png; beside them history.json, "
         "report.json and checkpoint/"
     )
     return rows

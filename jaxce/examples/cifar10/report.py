@@ -66,6 +66,18 @@ def write_report(folder: Path, report: Report) -> None:
     (folder / "report.json").write_text(json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
 
 
+def plot_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
+    """How many images of each class (row) were taken for each (column)."""
+    from sklearn.metrics import ConfusionMatrixDisplay  # slow to import, needed once
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay(confusion, display_labels=class_names)
+    display.plot(ax=axes, cmap="Blues", xticks_rotation=45, values_format="d", colorbar=False)
+    axes.set(xlabel="taken for", ylabel="class")
+    figure.savefig(path, dpi=120)
+
+
 def in_words(report: Report, confusion: np.ndarray) -> str:
     """Three lines: the loss and the accuracy beside guessing, the classes confused most, and the calibration."""
     side = "below" if report.loss <= report.chance else "above"

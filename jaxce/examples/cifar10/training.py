@@ -58,8 +58,8 @@ RECIPES = {
     ),
     "full": Recipe(
         network=networks.large_network,
-        width=64,
-        epochs=16,
+        width=128,
+        epochs=20,
         batch_size=128,
         learning_rate=0.19,
         label_smoothing=0.2,
