@@ -4,7 +4,7 @@
     python -m jaxce.examples.cifar10 --data-dir ~/data       CIFAR-10 that is on disk already
     python -m jaxce.examples.cifar10 --loss optax            the same curve with optax's loss
     python -m jaxce.examples.cifar10 --mixup 0.2 --label-smoothing 0.1
-    python -m jaxce.examples.cifar10 --recipe full           91% in an hour or two
+    python -m jaxce.examples.cifar10 --recipe full           92% in an hour or two
     python -m jaxce.examples.cifar10 --recipe full --resume  goes on where it was interrupted
 
 CIFAR-10 (the official binary version, 162 MB) is downloaded when --data-dir does not hold it;

@@ -26,9 +26,9 @@ def convolve_by_xla(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def convolve_by_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """As one product of matrices, and each derivative too.
 
-    XLA's convolutions on CPU gain nothing from bfloat16, and their derivatives run at a third of their own speed. With
-    channels first and images last no product has a transposed matrix on its left, which XLA multiplies in float32, and
-    patches are copied by whole rows.
+    XLA's convolutions on CPU gain nothing from bfloat16, and their derivatives run at half their own speed or less.
+    With channels first and images last no product has a transposed matrix on its left, which XLA would multiply in
+    float32, and patches are copied in long runs.
     """
     return product("of,fp->op", flat(kernel), patches(x)).reshape(-1, *x.shape[1:])
 

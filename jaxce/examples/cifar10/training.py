@@ -47,7 +47,7 @@ class Recipe:
 RECIPES = {
     "demo": Recipe(
         network=networks.small_network,
-        width=32,
+        width=48,
         epochs=4,
         batch_size=128,
         learning_rate=0.19,
