@@ -744,6 +744,28 @@ def test_writes_history_and_curves(finished):
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10
 
 
+def test_confusions_are_counted_and_drawn_with_a_row_for_each_class(tmp_path, monkeypatch):
+    data = datasets.load_digits().first(256, 100)
+    found, confusion = training.Trainer(data, make_settings()).report()
+    np.testing.assert_array_equal(confusion.sum(axis=1), np.bincount(data.test_labels, minlength=10))
+    assert confusion.trace() == pytest.approx(100 * found.accuracy, rel=100 * EPS)
+
+    drawn = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    names = [f"class {i}" for i in range(10)]
+    report.plot_confusion(tmp_path / "confusion.png", confusion, names)
+    (axes,) = drawn[0].axes
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("class", "taken for")
+    assert [[label.get_text() for label in labels] for labels in (axes.get_yticklabels(), axes.get_xticklabels())] == [
+        names,
+        names,
+    ]
+    assert len(axes.texts) == confusion.size
+    for text in axes.texts:
+        column, row = text.get_position()
+        assert int(text.get_text()) == confusion[row, column]
+
+
 def test_prints_a_row_for_each_epoch(finished):
     rows, _, printed = finished
     lines = printed.splitlines()
