@@ -6,11 +6,15 @@ Two more differences are where they belong, since they cost nothing there: what 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import Array
+from jax import Array, lax
+from jax.interpreters import mlir
 from jax.typing import DTypeLike
+
+from jaxce.primitives import Primitive
 
 # XLA has libraries for bfloat16 on CPU: products and sums (seen in 0.12; 0.10 widens what it is given, in memory).
 BFLOAT16_ON_CPU = jax.__version_info__ >= (0, 12)
@@ -27,6 +31,18 @@ def described(shape: tuple[int, ...], dtype: DTypeLike, like: Array) -> jax.Shap
     aval: Any = jax.typeof(like)
     axes: dict[str, Any] = {"manual_axis_type": aval.mat} if hasattr(aval, "mat") else {"vma": aval.vma}
     return jax.ShapeDtypeStruct(shape, dtype, **axes)
+
+
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """`lax.empty`, which any `vmap` around it batches before JAX 0.11: `jax.hessian` then refuses the gradient."""
+    new: Callable[..., Array] = lax.empty if jax.__version_info__ >= (0, 11) else _empty_p.bind
+    return new(shape=shape, dtype=dtype)
+
+
+_empty_p = Primitive("empty")
+_empty_p.def_abstract_eval(lambda *, shape, dtype: jax.core.ShapedArray(shape, dtype))
+_empty_p.def_impl(lax.empty)
+mlir.register_lowering(_empty_p, mlir.lower_fun(lax.empty, multiple_results=False))
 
 
 def platform_of(device: Any) -> str:

@@ -21,10 +21,10 @@ PACKAGE = pathlib.Path(jaxce.__file__).parent
 
 # Each module may import those before it. A new module has to be given its place here.
 ORDER = [
+    "jaxce.primitives",
     "jaxce.versions",
     "jaxce.checks",
     "jaxce.types",
-    "jaxce.primitives",
     "jaxce.selection",
     "jaxce.label_check",
     "jaxce.on_cpu",

@@ -640,6 +640,35 @@ def test_second_derivatives_where_the_largest_logits_are_equal(rng, mode):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize("loss", [*MODES, "log_probs", "distillation"])
+def test_hessians_in_every_argument(loss):
+    """JAX takes them apart into the gradient, of which there is one, and what depends on the direction."""
+    point = {
+        "hidden": jnp.ones((N, D)),
+        "kernel": jnp.ones((D, V)),
+        "bias": jnp.ones(V),
+        "temperature": jnp.ones(N),
+    }
+    probs, class_weights = jnp.full((N, V), 1 / V), jnp.ones(V)
+    if loss in MODES:
+        point |= {"targets": probs, "class_weights": class_weights, "label_smoothing": jnp.float32(0.1)}
+
+    def f(x):
+        if loss == "log_probs":
+            return jnp.sum(jaxce.linear_log_probs(ids=jnp.zeros(N, int), **x))
+        if loss == "distillation":
+            return jaxce.linear_distillation_loss(
+                teacher_hidden=x["hidden"], teacher_kernel=x["kernel"], **x, reduction="sum"
+            )
+        return linear_cross_entropy(**x, reduction="sum")
+
+    with blocks(loss):
+        hessian = jax.eval_shape(jax.hessian(f), point)
+    for name, other in itertools.product(point, point):
+        assert hessian[name][other].shape == point[name].shape + point[other].shape, (name, other)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_classes_masked_by_the_smallest_float(rng, mode):
     """Whole blocks of them, as padding of the vocabulary is: what is asked for of the others is as without them."""

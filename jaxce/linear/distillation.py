@@ -57,6 +57,7 @@ from jaxce.stats import RowStats, finite, matmul_dtype, merge, merge_shards, wor
 from jaxce.sums import Rows, row_stats
 from jaxce.targets import SparseTargets, Targets
 from jaxce.types import ArrayLike, AxisName, DivergenceName, Implementation, Mode, Reduction, takes_variables
+from jaxce.versions import empty
 
 # Logits of each model in a block of tokens that keeps them, which adds up the whole of dkernel in float32: half as many
 # on CPU where that is one more array. Compiled for TPU it takes longer than to compute the logits again.
@@ -99,7 +100,7 @@ def _forward(
     dtype, n, V = _working(models), *_shape(plan, models)
     every = varying(tokens)
     none = RowStats(jnp.full(n, -jnp.inf, dtype), jnp.full(n, -1, dtype))
-    kept = Models(*(lax.empty((n, V), dtype) for _ in models)) if keep else None
+    kept = Models(*(empty((n, V), dtype) for _ in models)) if keep else None
     temperature = None if examples.temperature is None else examples.temperature[:, None]
 
     def first(start: Any, size: int, state: _Forward) -> _Forward:
@@ -164,7 +165,7 @@ def _backward(
             of_temperature = of_temperature + dtemperature
         return of_hidden + dhidden, of_kernel, of_bias, of_temperature
 
-    by_class = jax.tree.map(lambda x: lax.empty(x.shape, x.dtype), (kernel, bias)) if sums is None else sums
+    by_class = jax.tree.map(lambda x: empty(x.shape, x.dtype), (kernel, bias)) if sums is None else sums
     temperature = tokens.examples.temperature
     dtemperature = None if temperature is None else jnp.zeros_like(temperature)
     state = vary((jnp.zeros(hidden.shape, dtype), *by_class, dtemperature), varying(tokens))

@@ -30,6 +30,7 @@ from jaxce.linear.mesh import row_axes
 from jaxce.reverse_mode import is_symbolic_zero, is_used, jvp, materialised, reverse_mode_only
 from jaxce.sharding import shard_count, sum_over, vary, varying
 from jaxce.stats import Terms, finish, finite, matmul_dtype, times, working_dtype
+from jaxce.versions import empty
 
 Sum = tuple[Array, CrossEntropyAux | None]
 Tree = TypeVar("Tree")
@@ -221,7 +222,7 @@ def _forward(
     (hidden, kernel, bias), examples, shared = arguments
     n, block_n = hidden.shape[0], schedule.block_n
     dtype = working_dtype(matmul_dtype(hidden.dtype, kernel.dtype))
-    logits = lax.empty((min(block_n, n), kernel.shape[schedule.vocab_axis]), dtype)
+    logits = empty((min(block_n, n), kernel.shape[schedule.vocab_axis]), dtype)
     logits = vary(logits, varying(arguments))
     if 0 < n <= block_n:  # nothing to add up
         total, aux, dhidden, dexamples, sums, _ = _block(schedule, options, arguments, counts, divisor, None, logits)

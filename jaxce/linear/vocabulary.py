@@ -28,6 +28,7 @@ from jaxce.linear.blocks import (
 from jaxce.sharding import on_this_device, shard_start, sum_like, vary, varying
 from jaxce.stats import Gap, RowStats, Terms, matmul_dtype, merge, merge_shards, working_dtype
 from jaxce.sums import effective, row_stats, rows_of
+from jaxce.versions import empty
 
 
 def forward(
@@ -128,7 +129,7 @@ def backward(
     dhidden = jnp.zeros(hidden.shape, working)
     dtemperature = None if examples.temperature is None else jnp.zeros_like(examples.temperature)
     dprobs, by_class = jax.tree.map(
-        lambda x: lax.empty(x.shape, own(x)), (examples.probs, (kernel, bias, shared.class_weights))
+        lambda x: empty(x.shape, own(x)), (examples.probs, (kernel, bias, shared.class_weights))
     )
     by_class = by_class if sums is None else sums
     every = varying(projection, examples, shared)
