@@ -632,6 +632,14 @@ def test_checkpoints_give_back_what_was_saved_and_are_two(saved, console):
     assert output(console) == ""
 
 
+@pytest.mark.parametrize("other", [nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(2, rngs=nnx.Rngs(0))])
+def test_a_checkpoint_of_another_network_is_refused(saved, console, other):
+    """Of other sizes or with other names, as one that another version of the example wrote."""
+    _, kept, _ = saved
+    with pytest.raises(UsageError, match=r"^--resume: expected a checkpoint of this network, found one of another"):
+        restore((other,), kept.load(console))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

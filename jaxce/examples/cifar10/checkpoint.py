@@ -30,8 +30,7 @@ class Checkpoints:
     def save(self, step: int, modules: tuple[nnx.Pytree, ...], record: dict[str, Any]) -> None:
         """Write one, then delete those before the last two. ``record`` holds numbers, text, lists and dicts."""
         make_folder(self.folder)
-        arrays = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(nnx.state(modules))}
-        content = serialization.msgpack_serialize({"modules": arrays, "record": record})
+        content = serialization.msgpack_serialize({"modules": _by_name(nnx.state(modules)), "record": record})
         partial = self.folder / "partial"
         partial.write_bytes(hashlib.sha256(content).digest() + content)
         self._own.append(partial.replace(self.folder / f"step-{step:07}"))
@@ -65,5 +64,15 @@ class Checkpoints:
 def restore(modules: tuple[nnx.Pytree, ...], saved: dict[str, Any]) -> None:
     """Give modules built under the same settings the values they had."""
     state = nnx.state(modules)
+    named = _by_name(state)
     arrays = saved["modules"]
-    nnx.update(modules, jax.tree.map_with_path(lambda path, _: arrays[jax.tree_util.keystr(path)], state))
+    if {name: x.shape for name, x in named.items()} != {name: x.shape for name, x in arrays.items()}:
+        raise UsageError(
+            "--resume: expected a checkpoint of this network, found one of another, of another version of jaxce. "
+            "Run without --resume to start again, or name another --output-dir."
+        )
+    nnx.update(modules, jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in named]))
+
+
+def _by_name(state: nnx.State[Any, Any]) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}

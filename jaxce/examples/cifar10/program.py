@@ -118,9 +118,9 @@ def check_settings(record: dict[str, Any], about: dict[str, Any], console: Conso
     """They must be those of the checkpoint, but for the number of epochs."""
     before, now = (x["arguments"] | {"data": x["data"]} for x in (record, about))
     for name, value in now.items():
-        if name != "epochs" and value != before[name]:
+        if name != "epochs" and value != before.get(name):
             raise UsageError(
-                f"--resume: expected {name} {before[name]}, as in the checkpoint, got {value}. "
+                f"--resume: expected {name} {before.get(name)}, as in the checkpoint, got {value}. "
                 "Resume with the arguments of the first run, or use another --output-dir."
             )
     if now["epochs"] != before["epochs"]:
