@@ -265,6 +265,20 @@ def top_k(rng, classes=V, tokens=(N,)):
     return jaxce.SparseTargets(jnp.asarray(indices, jnp.int32), jnp.asarray(probs, jnp.float32))
 
 
+def test_hidden_states_that_a_program_closes_over(rng):
+    """On an Explicit mesh: they are no arguments of the compiled function, and sharded all the same."""
+    (parts, _), teacher, weights = models(rng, (8,), 24), top_k(rng, 24, (8,)), per_token(rng, (8,))["weights"]
+
+    def of_weights(hidden):
+        loss = functools.partial(jaxce.linear_distillation_loss, hidden, parts["kernel"], teacher, reduction="sum")
+        return jax.jit(jax.value_and_grad(lambda w: loss(weights=w)))(weights)
+
+    with jax.set_mesh(mesh_of(2, 4, names=("b", "v"), kind=AxisType.Explicit)):
+        found = of_weights(jax.device_put(parts["hidden"], P("b")))
+    wanted = of_weights(parts["hidden"])
+    chex.assert_trees_all_close(jax.device_get(found), jax.device_get(wanted), rtol=1e-5)
+
+
 def exact_top_k(divergence, beta, logits, teacher, tail):
     z = [mpmath.mpf(float(x)) for x in logits]
     e = [mpmath.exp(x - max(z)) for x in z]
