@@ -369,6 +369,8 @@ def _group(options: Options, rows: Rows) -> int | None:
         return None
     if dtype != jnp.float32 and not (BFLOAT16_ON_CPU and dtype == jnp.bfloat16 and rows.indices is not None):
         return None
+    if dtype == jnp.bfloat16 and options.label_smoothing:  # whose sum would widen all the logits in memory
+        return None
     if V > _KERNEL and (options.label_smoothing or rows.probs is not None):
         return None
     return next((n for n in range(math.isqrt(V - 1) + 1, min(V // 2, _GROUP) + 1) if V % n == 0), None)

@@ -574,9 +574,11 @@ def test_memory_is_no_more_than_that_of_optax(case, rows, classes, dtype):
     assert ours <= theirs + CHUNK
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("rows", "classes"), [(8192, 1000), (256, 32768)])
-def test_smoothing_forms_no_target_distribution(rows, classes):
-    """A smoothed integer label is two numbers of a row, never a [N, V] array of them."""
-    shapes = (jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32))
+def test_smoothing_forms_no_target_distribution(rows, classes, dtype):
+    """A smoothed integer label is two numbers of a row, never a [N, V] array of them; nor are the logits widened."""
+    shapes = (jax.ShapeDtypeStruct((rows, classes), dtype), jax.ShapeDtypeStruct((rows,), jnp.int32))
     loss = lambda z, y: softmax_cross_entropy(z, y, label_smoothing=0.1, reduction="mean")  # noqa: E731
     assert temporary_bytes(loss, *shapes) < 2 * CHUNK + rows * classes * 4 / 50
