@@ -31,7 +31,7 @@ from rich.table import Table
 import jaxce
 from benchmarks import measure, tpu
 
-SHAPES = [(128, 10), (4096, 10), (65536, 10), (1024, 1000), (256, 32768), (512, 50257)]
+SHAPES = [(128, 10), (4096, 10), (65536, 10), (8192, 100), (1024, 1000), (256, 32768), (512, 50257)]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REGIMES = {
     "fresh": "N(0, 1), random labels",

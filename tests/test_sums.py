@@ -38,6 +38,7 @@ def form(request, monkeypatch):
     """Each form that a program may have, for rows of a few classes."""
     if request.param in ("one chunk", "chunks", "groups"):
         monkeypatch.setattr(sums, "_SHORT", 0)
+        monkeypatch.setattr(sums, "_COMPARED", 0)
     if request.param in ("one chunk", "chunks"):
         monkeypatch.setattr(sums, "_GROUP", 0)
     if request.param == "chunks":
