@@ -338,7 +338,7 @@ def _on_cpu(options: Options, keep: bool, likes: _Sums, rows: Rows) -> _Sums:
 
     if keep and _keeps(options, rows):
         sums = _of_chunk(options, rows)
-    elif (group := _group(options, rows)) is not None:
+    elif (group := _group(options, keep, rows)) is not None:
         sums = _in_groups(options, rows, group)
     elif _is_small(rows.logits) or not isinstance(N, int):
         sums = _of_chunk(options, rows)
@@ -363,7 +363,7 @@ def _flat(rows: Rows, batch: tuple[int, ...]) -> Rows:
     return flat._replace(logits=own(rows.logits), indices=None if rows.indices is None else own(rows.indices))
 
 
-def _group(options: Options, rows: Rows) -> int | None:
+def _group(options: Options, keep: bool, rows: Rows) -> int | None:
     """The classes of a group, about as many as there are groups; None if rows are better not divided, or cannot be."""
     dtype, V = rows.logits.dtype, rows.logits.shape[-1]
     changed = (options.logit_softcap, rows.temperature, rows.where, rows.smoothing_weights)
@@ -371,7 +371,7 @@ def _group(options: Options, rows: Rows) -> int | None:
         return None
     if dtype != jnp.float32 and not (BFLOAT16_ON_CPU and dtype == jnp.bfloat16 and rows.indices is not None):
         return None
-    if dtype == jnp.bfloat16 and options.label_smoothing:  # whose sum would widen all the logits in memory
+    if dtype == jnp.bfloat16 and options.label_smoothing and keep:  # or they would be widened for both passes at once
         return None
     if V > _KERNEL and (options.label_smoothing or rows.probs is not None):
         return None
