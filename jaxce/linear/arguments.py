@@ -228,4 +228,4 @@ def _without_unused_of(options: Options, hidden: Array, examples: Examples, shar
 
 def without_unused(unused: Array, hidden: Array) -> Array:
     # Not zeros_like: of an array that a program closes over it is not sharded as that is.
-    return select(unused[..., None] & ~jnp.isfinite(hidden), jnp.zeros((), hidden.dtype), hidden)
+    return select(unused[..., None] & ~jnp.isfinite(hidden), 0, hidden)
